@@ -1,0 +1,174 @@
+"""The command line `dspark`: every command reads one config file, and the make targets are thin calls of it."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from pipeline import show
+from pipeline.config import Config, ConfigError, load_config, to_toml
+from storage import CacheError
+
+DEFAULT_CONFIG = Path("configs/embedded.toml")
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+def _with_config(command: Callable[..., None]) -> Callable[..., None]:
+    """The argument and option that every command has."""
+    command = click.option(
+        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."
+    )(command)
+    return click.argument("config", type=click.Path(path_type=Path), default=DEFAULT_CONFIG)(command)
+
+
+class _Group(click.Group):
+    """Turns the errors that a user or a disk causes into one message and exit status 1; bugs keep their traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from stages.errors import StageError
+
+        try:
+            return super().invoke(ctx)
+        except (ConfigError, CacheError, StageError) as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command continues where this one stopped", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(package_name="dspark-offline")
+@click.option("--verbose", is_flag=True, help="Show debug messages and the libraries' own.")
+def main(verbose: bool) -> None:
+    """Train DSpark speculative-decoding drafts from cached target hidden states."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", stream=sys.stdout, force=True
+    )
+    if not verbose:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        for library in ("transformers", "huggingface_hub", "fsspec", "httpx", "torch"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        _quiet_transformers()
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+@main.command()
+@_with_config
+def estimate(config: Path, overrides: tuple[str, ...]) -> None:
+    """Print what an extraction would cost: samples, tokens, bytes, hours. Needs no weights."""
+    from pipeline import stage_one
+
+    settings = _load(config, overrides)
+    price, counts = stage_one.estimate(settings)
+    show.price(console, price, counts)
+
+
+@main.command()
+@_with_config
+def extract(config: Path, overrides: tuple[str, ...]) -> None:
+    """Run the target once and cache its hidden states; continues where an earlier run stopped."""
+    _extract(_load(config, overrides))
+
+
+@main.command()
+@_with_config
+@click.option("--quick", is_flag=True, help="Sizes and records only; do not read the payload.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def verify(config: Path, overrides: tuple[str, ...], quick: bool, as_json: bool) -> None:
+    """Check every byte of the cache against its checksums. CONFIG may also be the cache's own folder."""
+    from storage import verify_cache
+
+    report = verify_cache(_cache_path(config, overrides), quick=quick)
+    if as_json:
+        click.echo(json.dumps(show.report_to_json(report), indent=2))
+    else:
+        show.verify_report(console, report)
+    if not report.ok:
+        sys.exit(1)
+
+
+@main.command()
+@_with_config
+def inspect(config: Path, overrides: tuple[str, ...]) -> None:
+    """Show what a cache is: identity, sizes, lengths, mask coverage. CONFIG may also be the cache's own folder."""
+    show.cache(console, _cache_path(config, overrides))
+
+
+@main.command()
+@_with_config
+@click.option("--extract/--no-extract", "extract_missing", default=False, help="First extract what the cache lacks.")
+@click.option("--evaluate/--no-evaluate", "then_evaluate", default=True, help="Evaluate the draft at the end.")
+def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_evaluate: bool) -> None:
+    """Train a draft from the cache; continues where an earlier run stopped."""
+    from pipeline import stage_two
+
+    settings = _load(config, overrides)
+    if extract_missing:
+        _extract(settings)
+    run_dir = settings.train.run_dir
+    result = stage_two.train_draft(settings)
+    if result.was_complete:
+        console.print(f"{run_dir} is trained already ({result.num_steps} steps); set train.run_dir for a new run")
+    (run_dir / "config.toml").write_text(to_toml(settings), encoding="utf-8")
+    console.print(f"draft: {result.draft_dir}")
+    if then_evaluate:
+        _evaluate(settings)
+
+
+@main.command()
+@_with_config
+@click.option("--draft", type=click.Path(path_type=Path), help="A draft folder. Default: RUN/draft of the config.")
+def evaluate(config: Path, overrides: tuple[str, ...], draft: Path | None) -> None:
+    """Measure the draft's acceptance on the held-out split, from the cache alone."""
+    _evaluate(_load(config, overrides), draft=draft)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+def report(runs: tuple[Path, ...]) -> None:
+    """Compare evaluated runs in a table, the best tau first."""
+    show.runs(console, runs)
+
+
+def _load(file: Path, overrides: tuple[str, ...]) -> Config:
+    config = load_config(file, overrides)
+    click.echo(to_toml(config))
+    return config
+
+
+def _cache_path(config: Path, overrides: tuple[str, ...]) -> Path:
+    return config if config.is_dir() else load_config(config, overrides).cache.path
+
+
+def _extract(settings: Config) -> None:
+    from pipeline import stage_one
+
+    result = stage_one.extract(settings, show_price=lambda price, counts: show.price(console, price, counts))
+    show.extraction(console, result)
+
+
+def _evaluate(settings: Config, *, draft: Path | None = None) -> None:
+    from pipeline import stage_two
+
+    draft_dir = draft or settings.train.run_dir / "draft"
+    evaluation = stage_two.evaluate_draft(settings, draft_dir=draft_dir)
+    file = draft_dir.parent / "evaluation.json"
+    file.write_text(json.dumps(evaluation.to_json(), indent=2), encoding="utf-8")
+    show.evaluation(console, evaluation, draft_dir=draft_dir, file=file, cache_path=settings.cache.path)
+
+
+if __name__ == "__main__":
+    main()

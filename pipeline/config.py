@@ -1,0 +1,124 @@
+"""The config: one TOML file plus `--set` overrides, parsed into the stages' own typed sections."""
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.embedded import CONVERSATIONS_FILE, EMBEDDED, TARGET_DIR
+from stages.evaluate.settings import EvaluateSection
+from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
+from stages.section import Section
+from stages.train.settings import DraftSection, ObjectiveSection, TrainSection
+
+
+class ConfigError(ValueError):
+    """The config cannot be used; the message names file, key, what was expected and what it got."""
+
+
+class Config(Section):
+    """The whole config. `target`, `data` and `cache` are required, the rest has the reference recipe's defaults."""
+
+    target: TargetSection
+    data: DataSection
+    cache: CacheSection
+    extract: ExtractSection = ExtractSection()
+    draft: DraftSection = DraftSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+
+def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read `file`, apply `section.key=value` overrides (TOML values), and check everything that needs no other file.
+
+    Raises ConfigError.
+    """
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{file}: no such config file; configs/ has examples") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+    for override in overrides:
+        _apply_override(tables, override)
+    return parse_config(tables, where=str(file))
+
+
+def parse_config(tables: dict[str, Any], *, where: str) -> Config:
+    """Typed config from TOML tables. Raises ConfigError listing every problem, with the nearest key for unknown ones."""
+    try:
+        config = Config.model_validate_json(json.dumps(tables, default=str))
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{where}: {_describe(problem)}" for problem in error.errors())) from error
+    return _resolve_embedded(config)
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as TOML that `load_config` reads back; keys without a value are left out."""
+    lines: list[str] = []
+    for section, table in config.model_dump(mode="python").items():
+        lines.append(f"[{section}]")
+        lines.extend(f"{key} = {_toml_value(value)}" for key, value in table.items() if value is not None)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _apply_override(tables: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not separator or not dot or not key:
+        raise ConfigError(f"--set {override}: expected section.key=value")
+    table = tables.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"--set {override}: {section} is no section")
+    try:
+        table[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[key] = text.strip()  # a bare word is a string
+
+
+def _describe(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+        return f"unknown key {key}{hint}"
+    if problem["type"] == "missing":
+        return f"{key} is required"
+    return f"{key}: {problem['msg']}, got {problem['input']!r}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    if not location:
+        return list(Config.model_fields)
+    section = Config.model_fields[location[0]].annotation
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
+
+
+def _resolve_embedded(config: Config) -> Config:
+    """Put the shipped target and conversations where the config writes `embedded`."""
+    target, data = config.target, config.data
+    if target.model == EMBEDDED:
+        target = target.model_copy(update={"model": str(TARGET_DIR)})
+    files = tuple(str(CONVERSATIONS_FILE) if file == EMBEDDED else file for file in data.files)
+    return config.model_copy(update={"target": target, "data": data.model_copy(update={"files": files})})
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and math.isinf(value):
+        return "inf"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return json.dumps(str(value), ensure_ascii=False)

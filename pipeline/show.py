@@ -1,0 +1,145 @@
+"""What the command line prints: tables and the numbers at the end of a run."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from stages.evaluate.cached import CacheEvaluation
+from stages.extract.price import Price
+from stages.extract.run import ExtractResult
+from stages.extract.samples import SampleCounts
+from storage import CacheReader, VerifyReport
+
+
+def price(console: Console, price: Price, counts: SampleCounts) -> None:
+    """The price of an extraction."""
+    table = _table("price of the cache")
+    table.add_row("samples", f"{price.num_samples:,} of {counts.num_rows:,} rows")
+    table.add_row("tokens", f"{price.num_tokens:,} ({price.num_supervised:,} supervised)")
+    table.add_row("bytes a token", f"{price.bytes_per_token:,}")
+    table.add_row("total", _bytes(price.num_bytes))
+    table.add_row("free disk", _bytes(price.num_free_bytes) + ("" if price.fits else "  [red]does not fit[/red]"))
+    table.add_row("forward passes", f"about {_hours(price.hours)} on this machine's {price.device}")
+    console.print(table)
+    for line in counts.describe():
+        console.print(f"  {line}", markup=False)
+
+
+def extraction(console: Console, result: ExtractResult) -> None:
+    """What an extraction did."""
+    plan = result.plan
+    if not result.num_computed_shards:
+        console.print(f"cache {plan.path} is complete: reusing {result.num_shards} shards", markup=False)
+        return
+    rate = result.num_tokens / result.seconds
+    console.print(
+        f"cache {plan.path}: {result.num_computed_shards} of {result.num_shards} shards computed, "
+        f"{result.num_tokens:,} tokens in {result.seconds:,.1f} s ({rate:,.0f} tokens/s), "
+        f"{plan.header.token_bytes:,} bytes a token, {_bytes(plan.bytes_on_disk() + plan.plan_file_bytes())} on disk",
+        markup=False,
+    )
+    if result.num_excluded:
+        console.print(f"{result.num_excluded} samples with non-finite states were quarantined", markup=False)
+
+
+def evaluation(console: Console, evaluation: CacheEvaluation, *, draft_dir: Path, file: Path, cache_path: Path) -> None:
+    """What a draft reached on the held-out split."""
+    with CacheReader(cache_path) as reader:
+        token_bytes = reader.manifest.header.token_bytes
+    table = _table("held-out acceptance, measured from the cache")
+    table.add_row("tau", f"{evaluation.tau:.3f}  (95 % interval {evaluation.tau_low:.3f} to {evaluation.tau_high:.3f})")
+    rates = "  ".join(f"{rate:.3f}" for rate in evaluation.accept_rate_per_pos)
+    table.add_row("acceptance by slot", rates)
+    table.add_row("top-1 agreement", f"{evaluation.top1_agreement:.3f}")
+    table.add_row("cross-entropy", f"{evaluation.cross_entropy:.3f} nats")
+    if evaluation.confidence_ece is not None:
+        table.add_row("confidence ECE", f"{evaluation.confidence_ece:.3f}")
+    table.add_row("measured on", f"{evaluation.num_samples:,} conversations, {evaluation.num_blocks:,} blocks")
+    table.add_row("cache", f"{cache_path}, {token_bytes:,} bytes a token")
+    table.add_row("draft", str(draft_dir))
+    table.add_row("numbers", str(file))
+    console.print(table)
+
+
+def verify_report(console: Console, report: VerifyReport) -> None:
+    """The problems, or that there are none."""
+    for problem in report.problems:
+        console.print(str(problem), markup=False, style="red")
+    verdict = "whole" if report.ok else f"{len(report.problems)} problems, {len(report.missing_shards)} shards missing"
+    console.print(f"{report.num_shards} shards, {_bytes(report.num_checked_bytes)} checked: {verdict}", markup=False)
+
+
+def report_to_json(report: VerifyReport) -> dict[str, Any]:
+    """The report as plain JSON values."""
+    return {**asdict(report), "ok": report.ok}
+
+
+def cache(console: Console, path: Path) -> None:
+    """Identity, sizes, lengths and mask coverage of a cache."""
+    with CacheReader(path) as reader:
+        manifest, lengths = reader.manifest, reader.num_tokens
+        table = _table(f"cache {path}")
+        for name, value in manifest.identity.model_dump().items():
+            table.add_row(name, str(value))
+        for name, value in sorted(manifest.header.provenance.items()):
+            table.add_row(f"made from: {name}", value)
+        plan = manifest.plan
+        table.add_row("samples", f"{plan.num_samples:,} planned, {len(reader):,} readable, {plan.num_shards:,} shards")
+        for split, counts in plan.splits.items():
+            table.add_row(f"split {split}", f"{counts.num_samples:,} samples, {counts.num_tokens:,} tokens")
+        table.add_row("tokens", f"{plan.num_tokens:,}, {plan.num_supervised / plan.num_tokens:.1%} supervised")
+        table.add_row("payload", f"{_bytes(plan.payload_bytes)}, {manifest.header.token_bytes:,} bytes a token")
+        quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]).astype(int)
+        table.add_row("tokens a sample", "min {} | 25 % {} | median {} | 75 % {} | max {}".format(*quantiles))
+        for reason, count in plan.dropped.items():
+            table.add_row(reason, f"{count:,}")
+    console.print(table)
+
+
+def runs(console: Console, folders: Sequence[Path]) -> None:
+    """Evaluated runs, the best tau first."""
+    rows = []
+    for folder in folders:
+        file = folder / "evaluation.json"
+        rows.append((folder, json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None))
+    table = Table("run", "tau", "95 % interval", "acceptance by slot", "top-1", "ECE", title="held-out acceptance")
+    for folder, numbers in sorted(rows, key=lambda row: -(row[1] or {"tau": 0.0})["tau"]):
+        if numbers is None:
+            table.add_row(str(folder), "not evaluated")
+            continue
+        ece = numbers["confidence_ece"]
+        table.add_row(
+            str(folder),
+            f"{numbers['tau']:.3f}",
+            f"{numbers['tau_low']:.3f} to {numbers['tau_high']:.3f}",
+            " ".join(f"{rate:.2f}" for rate in numbers["accept_rate_per_pos"]),
+            f"{numbers['top1_agreement']:.3f}",
+            "" if ece is None else f"{ece:.3f}",
+        )
+    console.print(table)
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count:,} bytes"
+
+
+def _hours(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{hours * 60:,.1f} minutes" if hours * 60 >= 1 else f"{hours * 3600:,.0f} seconds"

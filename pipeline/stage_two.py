@@ -1,0 +1,107 @@
+"""Stage two as the command line runs it: the cache held against the config, training, and evaluation joined to it."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import Config
+from pipeline.stage_one import settings_of
+from stages.device import choose_device
+from stages.errors import SettingError
+from stages.evaluate.cached import CacheEvaluation, evaluate_scores
+from stages.extract.run import configured_identity, describe_inputs
+from stages.train import DSparkTrainerModule, Qwen3DSparkModel
+from stages.train.batches import gather_batch, plan_batches
+from stages.train.module import SlotScores
+from stages.train.run import TrainResult, compute_dtype, objective_arguments, train
+from storage import CacheIdentity, CacheReader, check_identity
+
+logger = logging.getLogger(__name__)
+
+
+def open_cache(config: Config, *, layers: tuple[int, ...] | None) -> CacheReader:
+    """The config's cache, refused if it was made from something else than the config says.
+
+    Target and data are compared where their files are at hand; stage two needs neither of them.
+    """
+    cache = config.cache
+    check_subset = CacheReader(cache.path, io=cache.io, checks=cache.checks)
+    check_identity(check_subset.identity, wanted_identity(config, cached=check_subset.identity), where=cache.path)
+    if layers is None:
+        return check_subset
+    missing = sorted(set(layers) - set(check_subset.identity.layers))
+    if missing:
+        raise SettingError(
+            f"draft.target_layer_ids: {missing} are not in the cache, which stores {list(check_subset.identity.layers)}"
+        )
+    return CacheReader(cache.path, layers=layers, io=cache.io, checks=cache.checks)
+
+
+def wanted_identity(config: Config, *, cached: CacheIdentity) -> CacheIdentity:
+    """What the config says that the cache should be; fields that cannot be told here are taken from `cached`."""
+    settings = settings_of(config)
+    known: dict[str, Any] = configured_identity(settings) | {"dtype": config.target.dtype}
+    if config.cache.layers is not None:
+        known["layers"] = config.cache.layers
+    if Path(config.target.model).is_dir() and all(Path(file).is_file() for file in config.data.files):
+        return describe_inputs(settings).header.identity
+    logger.info("the target or the data is not on this machine: comparing the cache with the config's own values only")
+    return cached.model_copy(update=known)
+
+
+def train_draft(config: Config) -> TrainResult:
+    """Train the config's draft, or finish the training that its run folder holds."""
+
+    reader = open_cache(config, layers=config.draft.target_layer_ids)
+
+    def validate(module: DSparkTrainerModule) -> dict[str, Any]:
+        return _score_split(config, module, reader=reader).to_json()
+
+    has_validation = len(reader.split_indices("validation")) > 0
+    if not has_validation:
+        logger.warning("the cache has no validation split, so nothing will be measured; see data.validation_fraction")
+    return train(
+        reader=reader,
+        draft=config.draft,
+        objective=config.objective,
+        train=config.train,
+        validate=validate if has_validation else None,
+    )
+
+
+def evaluate_draft(config: Config, *, draft_dir: Path) -> CacheEvaluation:
+    """Score the draft in `draft_dir`, as servers would load it, on the validation split."""
+    if not (draft_dir / "config.json").is_file():
+        raise SettingError(f"{draft_dir}: no draft here; train one first, or name its folder with --draft")
+    model = Qwen3DSparkModel.from_pretrained(draft_dir, dtype=torch.float32)
+    reader = open_cache(config, layers=tuple(model.config.target_layer_ids))
+    module = DSparkTrainerModule(model.to(choose_device(config.train.device)), **objective_arguments(config.objective))
+    return _score_split(config, module, reader=reader)
+
+
+def _score_split(config: Config, module: DSparkTrainerModule, *, reader: CacheReader) -> CacheEvaluation:
+    return evaluate_scores(
+        _iterate_scores(config, module, reader=reader), block_size=module.draft_model.config.block_size
+    )
+
+
+def _iterate_scores(
+    config: Config, module: DSparkTrainerModule, *, reader: CacheReader
+) -> Iterator[tuple[int, SlotScores]]:
+    """Scores of one validation sample at a time, in the order of sample ids."""
+    device = next(module.parameters()).device
+    indices = sorted(reader.split_indices("validation").tolist(), key=lambda index: int(reader.sample_ids[index]))
+    batches = plan_batches(
+        reader, indices[: config.evaluate.max_samples], max_batch_tokens=1,
+        num_anchors=config.evaluate.num_anchors, seed=config.evaluate.seed, epoch=0,
+    )  # fmt: skip
+    was_training = module.training
+    module.eval()
+    for batch in batches:
+        with compute_dtype(device, config.train.dtype):
+            scores = module.score(**gather_batch(reader, batch, device=device))
+        yield batch.sample_ids[0], scores
+    module.train(was_training)

@@ -1,0 +1,86 @@
+"""What an extraction will cost, told before it starts: bytes and hours."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ASSUMED_UTILISATION = 0.4  # assumption: share of the device's matrix rate that a forward pass reaches
+RATE_SECONDS = 0.3  # how long the matrix rate is measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """Samples, tokens, bytes and hours of one extraction. `num_free_bytes` is of the disk under the cache."""
+
+    num_samples: int
+    num_tokens: int
+    num_supervised: int
+    bytes_per_token: int
+    num_bytes: int
+    num_free_bytes: int
+    num_forward_parameters: int
+    hours: float
+    device: str
+
+    @property
+    def fits(self) -> bool:
+        return self.num_bytes <= self.num_free_bytes
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes of the disk that `path` is on or will be made on."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def count_forward_parameters(config: Any, *, trust_remote_code: bool) -> int:
+    """Parameters that a token passes through in the decoder stack, counted on a model without storage.
+
+    Embedding and head do not count (extraction runs neither as a matrix product). Of a mixture of experts, only the
+    chosen share of the experts does.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    experts = next(
+        (
+            getattr(config, key)
+            for key in ("num_local_experts", "num_experts", "n_routed_experts")
+            if getattr(config, key, None)
+        ),
+        None,
+    )
+    skipped = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module}
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in skipped:
+            share = chosen / experts if chosen and experts and ".experts." in name else 1.0
+            total += parameter.numel() * share
+    return int(total)
+
+
+def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product on `device`, measured now."""
+    size = 4096 if device.type == "cuda" else 1024
+    left, right = torch.randn(2, size, size, device=device, dtype=torch.float32).to(dtype)
+    torch.mm(left, right)
+    started, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < RATE_SECONDS:
+        torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        count += 1
+    return 2 * size**3 * count / elapsed
+
+
+def estimate_hours(*, num_parameters: int, num_tokens: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Hours of forward passes: 2 operations a parameter and token, at the measured matrix rate of this device."""
+    return 2 * num_parameters * num_tokens / (measure_matrix_rate(device, dtype) * ASSUMED_UTILISATION) / 3600

@@ -1,0 +1,123 @@
+"""Source files to rows: JSONL and Parquet, local or remote, one `Row` for every line whether it can be read or not."""
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.errors import StageError
+
+PARQUET_BATCH_ROWS = 1024
+HASH_CHUNK_BYTES = 1 << 22
+
+
+class DataError(StageError, ValueError):
+    """The data as a whole cannot be used: no file, unreadable file, too many bad rows."""
+
+
+class BadRowError(ValueError):
+    """One row cannot be used; the message is the reason that the report counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a source file: `value` is its content, or `error` says why there is none."""
+
+    file: str
+    row: int
+    value: dict[str, Any] | None
+    error: str | None = None
+
+
+def expand_files(patterns: Iterable[str]) -> list[str]:
+    """All files that the patterns name, in the order given and sorted within a pattern.
+
+    Raises DataError for a pattern without a match and for a file that is named twice.
+    """
+    files: list[str] = []
+    for pattern in patterns:
+        if "://" in pattern:
+            found = sorted(file.full_name for file in fsspec.open_files(pattern, mode="rb"))
+        else:
+            found = sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise DataError(f"data.files: nothing matches {pattern!r}; give a file, a glob or an fsspec address")
+        files.extend(found)
+    twice = sorted({file for file in files if files.count(file) > 1})
+    if twice:
+        raise DataError(f"data.files: named more than once: {', '.join(twice)}; every file is read once")
+    return files
+
+
+def digest_files(files: Iterable[str]) -> str:
+    """sha256 over the contents of all files in order; their names are no part of it."""
+    total = hashlib.sha256()
+    for file in files:
+        one = hashlib.sha256()
+        with _open(file, decompress=False) as stream:
+            while chunk := stream.read(HASH_CHUNK_BYTES):
+                one.update(chunk)
+        total.update(one.digest())
+    return total.hexdigest()
+
+
+def read_rows(files: Iterable[str]) -> Iterator[Row]:
+    """Every row of every file. A broken line is a row with `error`; a file that is no table at all raises DataError."""
+    for file in files:
+        if file.endswith((".parquet", ".pq")):
+            yield from _read_parquet(file)
+        else:
+            yield from _read_jsonl(file)
+
+
+def _open(file: str, *, decompress: bool = True) -> IO[bytes]:
+    try:
+        stream: IO[bytes] = fsspec.open(file, "rb", compression="infer" if decompress else None).open()
+    except (OSError, ImportError, ValueError) as error:
+        raise DataError(f"{file}: cannot be opened: {error}") from error
+    return stream
+
+
+def _read_jsonl(file: str) -> Iterator[Row]:
+    with _open(file) as stream:
+        lines = iter(stream)
+        index = -1
+        while True:
+            try:
+                line = next(lines, None)
+            except (OSError, EOFError) as error:  # a compressed file that is cut short
+                raise DataError(f"{file}: row {index + 1}: the file cannot be read further: {error}") from error
+            if line is None:
+                return
+            index += 1
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+                detail = getattr(error, "msg", None) or type(error).__name__
+                yield Row(file=file, row=index, value=None, error=f"broken JSON: {detail}")
+                continue
+            if isinstance(value, dict):
+                yield Row(file=file, row=index, value=value)
+            else:
+                yield Row(file=file, row=index, value=None, error=f"expected a JSON object, got {type(value).__name__}")
+
+
+def _read_parquet(file: str) -> Iterator[Row]:
+    index = 0
+    try:
+        with _open(file) as stream, pq.ParquetFile(stream) as table:
+            for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+                for value in batch.to_pylist():
+                    present = {key: item for key, item in value.items() if item is not None}
+                    yield Row(file=file, row=index, value=present)
+                    index += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: row {index}: not a readable Parquet file: {error}") from error

@@ -1,0 +1,341 @@
+"""Stage one from end to end: a target and conversations in, a cache of hidden states out."""
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from stages.device import choose_device
+from stages.errors import StageError
+from stages.extract import target as targets
+from stages.extract.capture import Capture, find_non_finite
+from stages.extract.price import Price, count_forward_parameters, estimate_hours, free_bytes
+from stages.extract.rows import digest_files, expand_files, read_rows
+from stages.extract.samples import SampleCounts, plan_samples
+from stages.extract.self_check import check_batching, check_head
+from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
+from stages.extract.tokenize import SampleTokenizer
+from stages.layers import check_layers, default_layers
+from storage import (
+    CacheHeader,
+    CacheIdentity,
+    CacheNotFoundError,
+    CachePlan,
+    CacheSpaceError,
+    CacheWriter,
+    PlannedSample,
+    ShardWriter,
+    check_identity,
+    plan_batches,
+)
+
+SPACE_MARGIN_BYTES = 64 << 20  # what must stay free beside the cache: logs, checkpoints, the file system's own needs
+STORED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The config sections that stage one reads. `mask_token_id` is the draft's, where the config names one."""
+
+    target: TargetSection
+    data: DataSection
+    cache: CacheSection
+    extract: ExtractSection
+    mask_token_id: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Everything known before a token is read: the target's folder, config and tokenizer, the files, the identity."""
+
+    folder: Path
+    config: Any
+    tokenizer: Any
+    files: tuple[str, ...]
+    header: CacheHeader
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractResult:
+    """What a run did: `num_computed_shards` of `num_shards` were missing and are now there."""
+
+    plan: CachePlan
+    num_shards: int
+    num_computed_shards: int
+    num_tokens: int
+    num_excluded: int
+    seconds: float
+
+
+class QuarantineError(StageError, RuntimeError):
+    """Too many samples have non-finite states."""
+
+
+def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
+    """Check the settings against the target's files and derive the cache's header and identity.
+
+    `with_weights=False` is for an estimate: the weight digest is then empty, so that no weights are needed.
+    Raises TargetError, DataError or ValueError.
+    """
+    target, data = settings.target, settings.data
+    folder = targets.locate_target(target)
+    config = targets.load_config(folder, trust_remote_code=target.trust_remote_code)
+    tokenizer = targets.load_tokenizer(folder, target=target, chat_template=data.chat_template)
+    num_layers = config.num_hidden_layers
+    layers = settings.cache.layers or default_layers(num_layers)
+    check_layers(layers, num_target_layers=num_layers, key="cache.layers")
+    files = tuple(expand_files(data.files))
+    scale, softcap = targets.logit_transform(config)
+    identity = CacheIdentity(
+        target_config_digest=targets.digest_config(config),
+        target_weights_digest=targets.digest_weights(folder) if with_weights else "",
+        tokenizer_digest=targets.digest_tokenizer(tokenizer),
+        chat_template_digest=targets.digest_chat_template(tokenizer),
+        data_digest=digest_files(files),
+        layers=layers,
+        dtype=target.dtype,
+        **configured_identity(settings),
+    )
+    header = CacheHeader(
+        identity=identity,
+        hidden_size=config.hidden_size,
+        num_target_layers=num_layers,
+        vocab_size=config.vocab_size,
+        mask_token_id=targets.choose_mask_token(tokenizer, vocab_size=config.vocab_size, wanted=settings.mask_token_id),
+        logit_scale=scale,
+        logit_softcap=softcap,
+        provenance={
+            "target": target.model,
+            "revision": target.revision or "",
+            "data": " ".join(data.files),
+            "host": platform.node(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+    return Inputs(folder=folder, config=config, tokenizer=tokenizer, files=files, header=header)
+
+
+def configured_identity(settings: Settings) -> dict[str, Any]:
+    """The fields of the identity that the config alone decides, without the target or the data at hand."""
+    return {
+        "encoding": settings.cache.encoding,
+        "shard_bytes": settings.cache.shard_bytes,
+        "attn_implementation": settings.target.attn_implementation,
+        "max_length": settings.data.max_length,
+        "overlong": settings.data.overlong,
+        "supervise": settings.data.supervise,
+        "min_supervised_tokens": settings.data.min_supervised_tokens,
+        "validation_fraction": settings.data.validation_fraction,
+        "max_batch_tokens": settings.extract.max_batch_tokens,
+    }
+
+
+def iterate_samples(inputs: Inputs, settings: Settings, *, counts: SampleCounts) -> Iterator[PlannedSample]:
+    """The samples of the cache in source order; `counts` says afterwards what was left out and why."""
+    eos = targets.eos_token_ids(inputs.folder, inputs.config)
+    tokenizer = SampleTokenizer(inputs.tokenizer, supervise=settings.data.supervise, eos_token_ids=eos)
+    return plan_samples(read_rows(inputs.files), tokenizer=tokenizer, data=settings.data, counts=counts)
+
+
+def estimate(settings: Settings) -> tuple[Price, SampleCounts]:
+    """Tokenise everything and price the run; needs no weights and writes nothing."""
+    inputs = describe_inputs(settings, with_weights=False)
+    counts = SampleCounts()
+    for _ in iterate_samples(inputs, settings, counts=counts):
+        pass
+    return make_price(inputs, settings, counts=counts), counts
+
+
+def make_price(inputs: Inputs, settings: Settings, *, counts: SampleCounts) -> Price:
+    """Bytes and hours of the counted samples on this machine."""
+    device = choose_device(settings.extract.device)
+    parameters = count_forward_parameters(inputs.config, trust_remote_code=settings.target.trust_remote_code)
+    hours = estimate_hours(
+        num_parameters=parameters,
+        num_tokens=counts.num_tokens,
+        device=device,
+        dtype=getattr(torch, settings.target.dtype),
+    )
+    return Price(
+        num_samples=counts.num_samples,
+        num_tokens=counts.num_tokens,
+        num_supervised=counts.num_supervised,
+        bytes_per_token=inputs.header.token_bytes,
+        num_bytes=counts.num_tokens * inputs.header.token_bytes,
+        num_free_bytes=free_bytes(settings.cache.path),
+        num_forward_parameters=parameters,
+        hours=hours,
+        device=str(device),
+    )
+
+
+def extract(settings: Settings, *, show_price: Callable[[Price, SampleCounts], None] | None = None) -> ExtractResult:
+    """Plan the cache if it is not planned, then compute and commit every shard that has no commit.
+
+    Raises CacheIdentityError when the folder holds a cache of something else, CacheSpaceError when the disk is too
+    small (before the target is loaded), TargetError, DataError, QuarantineError.
+    """
+    started = time.monotonic()
+    # 1. What is asked for, and the plan: the one on disk, if it is of the same inputs.
+    inputs = describe_inputs(settings)
+    parts: list[targets.TargetParts] = []  # loaded once, by whoever needs it first
+    load = _load_once(parts, inputs, settings)
+    plan = read_plan(settings.cache.path)
+    if plan is None:
+        plan = _write_plan(inputs, settings, load=load, show_price=show_price)
+    else:
+        check_identity(plan.manifest.identity, inputs.header.identity, where=settings.cache.path)
+    # 2. What is missing, and whether it fits.
+    writer = CacheWriter(plan.path)
+    missing = writer.missing_shards()
+    if missing:
+        check_space(settings.cache.path, needed=plan.bytes_on_disk(missing))
+        # 3. The target, checked on real samples before anything is computed.
+        capture = Capture(load(), layers=plan.header.identity.layers, dtype=STORED_DTYPES[settings.cache.encoding])
+        _self_check(capture, parts=load(), samples=plan.read_samples(missing[0]))
+        # 4. Shards, one at a time, each committed whole.
+        num_excluded = _compute_shards(writer, missing, capture=capture, settings=settings)
+    else:
+        num_excluded = 0
+    return ExtractResult(
+        plan=plan,
+        num_shards=plan.num_shards,
+        num_computed_shards=len(missing),
+        num_tokens=sum(plan.planned_shard(shard).num_tokens for shard in missing),
+        num_excluded=num_excluded,
+        seconds=time.monotonic() - started,
+    )
+
+
+def read_plan(path: Path) -> CachePlan | None:
+    """The published plan in `path`, or None where there is none yet."""
+    try:
+        return CachePlan.read(path)
+    except CacheNotFoundError:
+        return None
+
+
+def check_space(path: Path, *, needed: int) -> None:
+    """Raises CacheSpaceError unless `needed` bytes and a margin fit on the disk under `path`."""
+    free = free_bytes(path)
+    if needed + SPACE_MARGIN_BYTES > free:
+        raise CacheSpaceError(
+            f"{path}: the cache still needs {needed / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free; use a larger "
+            "disk, fewer cache.layers, a smaller data.max_length or less data"
+        )
+
+
+def _load_once(
+    parts: list[targets.TargetParts], inputs: Inputs, settings: Settings
+) -> Callable[[], targets.TargetParts]:
+    def load() -> targets.TargetParts:
+        if not parts:
+            device = choose_device(settings.extract.device)
+            parts.append(targets.load_target(inputs.folder, target=settings.target, device=device))
+        return parts[0]
+
+    return load
+
+
+def _write_plan(
+    inputs: Inputs,
+    settings: Settings,
+    *,
+    load: Callable[[], targets.TargetParts],
+    show_price: Callable[[Price, SampleCounts], None] | None,
+) -> CachePlan:
+    counts = SampleCounts()
+
+    def write_target(destination: Path) -> None:
+        # Called when every sample is counted: the price is shown and the disk checked before weights are loaded.
+        price = make_price(inputs, settings, counts=counts)
+        if show_price is not None:
+            show_price(price, counts)
+        check_space(settings.cache.path, needed=price.num_bytes)
+        targets.write_target(destination, folder=inputs.folder, parts=load(), tokenizer=inputs.tokenizer)
+
+    return CachePlan.write(
+        settings.cache.path,
+        iterate_samples(inputs, settings, counts=counts),
+        header=inputs.header,
+        write_target=write_target,
+        dropped=counts.all_reasons,
+    )
+
+
+def _self_check(capture: Capture, *, parts: targets.TargetParts, samples: list[PlannedSample]) -> None:
+    ids = [sample.input_ids for sample in samples]
+    check_head(capture, parts=parts, input_ids=ids[len(ids) // 2])
+    if len(ids) > 1:
+        check_batching(capture, input_ids=[ids[0], ids[-1]])  # longest and shortest: the most padding
+
+
+def _compute_shards(writer: CacheWriter, missing: list[int], *, capture: Capture, settings: Settings) -> int:
+    """Compute and commit the missing shards; the number of samples that were quarantined."""
+    progress = _Progress(writer.plan, missing)
+    num_excluded = 0
+    allowed = settings.extract.max_quarantined_fraction * writer.plan.manifest.plan.num_samples
+    for shard in missing:
+        samples = writer.plan.read_samples(shard)
+        with writer.shard(shard) as shard_writer:
+            for batch in plan_batches([sample.num_tokens for sample in samples], settings.extract.max_batch_tokens):
+                num_excluded += _compute_batch(shard_writer, [samples[row] for row in batch], capture, writer.plan)
+                if num_excluded > allowed:
+                    raise QuarantineError(
+                        f"{num_excluded} samples have non-finite states, more than extract.max_quarantined_fraction = "
+                        f"{settings.extract.max_quarantined_fraction} of {writer.plan.manifest.plan.num_samples}; "
+                        'try target.dtype = "bfloat16" or "float32", or look at the samples named above'
+                    )
+                progress.after_batch(sum(samples[row].num_tokens for row in batch))
+        logger.info("%s", progress.after_shard(shard))
+    return num_excluded
+
+
+def _compute_batch(shard_writer: ShardWriter, samples: list[PlannedSample], capture: Capture, plan: CachePlan) -> int:
+    captured = capture([sample.input_ids for sample in samples])
+    num_excluded = 0
+    for position, layer, reason in find_non_finite(captured, layers=plan.header.identity.layers):
+        sample = samples[position]
+        place = "last state" if layer is None else f"layer {layer}"
+        logger.warning(
+            "quarantined sample %d (%s row %d): %s, %s",
+            sample.sample_id, sample.source_file, sample.source_row, place, reason,
+        )  # fmt: skip
+        shard_writer.exclude(sample.sample_id, reason, layer)
+        num_excluded += 1
+    shard_writer.append(captured.hidden_states, captured.last_hidden_states)
+    return num_excluded
+
+
+class _Progress:
+    """One fixed-width line a shard: position, rate, bytes, time to go."""
+
+    def __init__(self, plan: CachePlan, missing: list[int]) -> None:
+        self._plan = plan
+        self._total = sum(plan.planned_shard(shard).num_tokens for shard in missing)
+        self._tokens = self._shards = 0
+        self._num_shards = len(missing)
+        self._started = time.monotonic()
+
+    def after_batch(self, num_tokens: int) -> None:
+        self._tokens += num_tokens
+
+    def after_shard(self, shard: int) -> str:
+        self._shards += 1
+        rate = self._tokens / (time.monotonic() - self._started)
+        eta = time.strftime("%H:%M:%S", time.gmtime((self._total - self._tokens) / rate))
+        num_bytes = self._tokens * self._plan.header.token_bytes
+        return (
+            f"shard {shard:6d}  {self._shards:6d}/{self._num_shards}  {self._tokens:13,d}/{self._total:,d} tokens  "
+            f"{rate:9,.0f} tok/s  {num_bytes / 1e9:9.3f} GB  {num_bytes / 1e6 / (time.monotonic() - self._started):7.1f} MB/s"
+            f"  ETA {eta}"
+        )

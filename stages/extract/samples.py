@@ -1,0 +1,134 @@
+"""Rows to planned samples: parse, tokenise, cut or drop, split; and the count of everything that was left out."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stages.extract.conversations import parse_row
+from stages.extract.rows import BadRowError, DataError, Row
+from stages.extract.settings import DataSection
+from stages.extract.tokenize import SampleTokenizer
+from storage import PlannedSample
+
+EXAMPLES_PER_REASON = 3
+MIN_ROWS_TO_JUDGE = 100  # before that many rows the share of bad ones says little, and the verdict waits for the end
+
+
+@dataclass
+class SampleCounts:
+    """What became of the rows so far. `bad` rows could not be read; `dropped` ones were readable, but are no use."""
+
+    num_rows: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    num_supervised: int = 0
+    num_truncated: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def record(self, kind: Counter[str], *, reason: str, row: Row) -> None:
+        kind[reason] += 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < EXAMPLES_PER_REASON:
+            places.append(f"{row.file} row {row.row}")
+
+    @property
+    def num_bad(self) -> int:
+        return sum(self.bad.values())
+
+    def all_reasons(self) -> dict[str, int]:
+        """Reason -> number of rows, for everything that changed or left out a row."""
+        truncated = {"truncated to data.max_length": self.num_truncated} if self.num_truncated else {}
+        return (
+            {f"bad row: {reason}": count for reason, count in sorted(self.bad.items())}
+            | {f"dropped: {reason}": count for reason, count in sorted(self.dropped.items())}
+            | truncated
+        )
+
+    def describe(self) -> list[str]:
+        """One line a reason, with places to look at."""
+        lines = []
+        for title, kind in (("bad row", self.bad), ("dropped", self.dropped)):
+            for reason, count in kind.most_common():
+                lines.append(f"{title}: {count:,} x {reason} ({'; '.join(self.examples[reason])})")
+        if self.num_truncated:
+            lines.append(f"truncated to data.max_length: {self.num_truncated:,}")
+        return lines
+
+
+def plan_samples(
+    rows: Iterable[Row], *, tokenizer: SampleTokenizer, data: DataSection, counts: SampleCounts
+) -> Iterator[PlannedSample]:
+    """The samples of `rows` in their order, a pure function of the rows; `counts` is updated on the way.
+
+    Raises DataError when more than `data.max_bad_fraction` of the rows are bad, or when nothing is left at the end.
+    """
+    for row in rows:
+        sample_id = counts.num_rows
+        counts.num_rows += 1
+        try:
+            sample = _plan_sample(row, sample_id=sample_id, tokenizer=tokenizer, data=data, counts=counts)
+        except BadRowError as error:
+            counts.record(counts.bad, reason=str(error), row=row)
+            if counts.num_rows >= MIN_ROWS_TO_JUDGE:
+                _check_bad_fraction(counts, data)
+            continue
+        if sample is not None:
+            counts.num_samples += 1
+            counts.num_tokens += len(sample.input_ids)
+            counts.num_supervised += int(sample.loss_mask.sum())
+            yield sample
+    _check_bad_fraction(counts, data)
+    if not counts.num_samples:
+        raise DataError("\n".join(["no sample is left to train on", *counts.describe()]))
+
+
+def _plan_sample(
+    row: Row, *, sample_id: int, tokenizer: SampleTokenizer, data: DataSection, counts: SampleCounts
+) -> PlannedSample | None:
+    if row.value is None:
+        raise BadRowError(row.error or "unreadable")
+    tokens = tokenizer(parse_row(row.value))
+    input_ids, loss_mask = tokens.input_ids, tokens.loss_mask
+    if len(input_ids) > data.max_length:
+        if data.overlong == "drop":
+            counts.record(counts.dropped, reason="longer than data.max_length", row=row)
+            return None
+        counts.num_truncated += 1
+        input_ids, loss_mask = input_ids[: data.max_length], loss_mask[: data.max_length]
+    if int(loss_mask.sum()) < data.min_supervised_tokens:
+        counts.record(counts.dropped, reason="fewer supervised tokens than data.min_supervised_tokens", row=row)
+        return None
+    return PlannedSample(
+        sample_id=sample_id,
+        source_file=row.file,
+        source_row=row.row,
+        input_ids=input_ids,
+        loss_mask=loss_mask,
+        split=choose_split(input_ids, loss_mask, validation_fraction=data.validation_fraction),
+    )
+
+
+def choose_split(input_ids: np.ndarray, loss_mask: np.ndarray, *, validation_fraction: float) -> str:
+    """`validation` or `train`, by a hash of the tokens before the first supervised one (of all, if that is the first)."""
+    first = int(np.argmax(loss_mask))
+    prompt = input_ids[:first] if first else input_ids
+    digest = hashlib.blake2b(np.ascontiguousarray(prompt, dtype="<i4").tobytes(), digest_size=8).digest()
+    return "validation" if int.from_bytes(digest, "little") < validation_fraction * 2**64 else "train"
+
+
+def _check_bad_fraction(counts: SampleCounts, data: DataSection) -> None:
+    if counts.num_bad > data.max_bad_fraction * counts.num_rows:
+        raise DataError(
+            "\n".join(
+                [
+                    f"{counts.num_bad:,} of the first {counts.num_rows:,} rows are bad, more than "
+                    f"data.max_bad_fraction = {data.max_bad_fraction}; mend them or raise the limit",
+                    *counts.describe(),
+                ]
+            )
+        )

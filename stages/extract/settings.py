@@ -1,0 +1,81 @@
+"""Config sections of stage one: `[target]`, `[data]`, `[cache]`, `[extract]`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from stages.section import Section
+
+
+class TargetSection(Section):
+    """The frozen model whose states are cached."""
+
+    model: str
+    """A local folder, a Hugging Face repository id, or `embedded`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face repository."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """The dtype that the target computes in."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """The attention of transformers; part of the cache's identity, since it changes the last bits."""
+    device_map: str | None = None
+    """Passed to transformers for a target larger than one GPU, for example `auto`."""
+    trust_remote_code: bool = False
+    """Run Python code that the model repository carries."""
+
+
+class DataSection(Section):
+    """The conversations."""
+
+    files: tuple[str, ...] = Field(min_length=1)
+    """JSONL (also .gz, .zst) or Parquet files: paths, globs, `hf://` or `s3://` addresses, or `embedded`."""
+    max_length: int = Field(default=4096, ge=2)
+    """Tokens a sample at most."""
+    overlong: Literal["truncate", "drop"] = "truncate"
+    """What happens to a sample longer than `max_length`; both are counted."""
+    supervise: Literal["all", "last"] = "all"
+    """Which assistant turns the loss mask covers."""
+    min_supervised_tokens: int = Field(default=14, ge=2)
+    """Samples with fewer supervised tokens are dropped and counted (two blocks of seven; two tokens make one anchor)."""
+    validation_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of prompts held out; decided by a hash of the prompt's tokens, so equal prompts never straddle the split."""
+    max_bad_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of unreadable rows above which the run stops."""
+    chat_template: Path | None = None
+    """A Jinja file that replaces the tokenizer's own chat template."""
+
+
+class CacheSection(Section):
+    """Where the states lie and which of them."""
+
+    path: Path
+    """The cache's folder."""
+    layers: tuple[int, ...] | None = None
+    """Target layers to store, ascending; id k is the output of block k, -1 the embeddings. Default: five, from 1 to N-3."""
+    encoding: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """How states are stored."""
+    shard_bytes: int = Field(default=512_000_000, ge=1_000_000)
+    """Payload of one shard in bytes, about: the unit of resume, and of memory while extracting."""
+    io: Literal["auto", "mmap", "pread"] = "auto"
+    """How training reads: mapped on local disks, large reads on network filesystems."""
+    checks: Literal["touch", "size"] = "touch"
+    """`touch` verifies each chunk's crc32c when it is first read; `size` trusts file sizes."""
+
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers is not None and (not layers or list(layers) != sorted(set(layers)) or layers[0] < -1):
+            raise ValueError(f"expected ascending, distinct layer ids from -1 up, got {list(layers)}")
+        return layers
+
+
+class ExtractSection(Section):
+    """How stage one runs."""
+
+    max_batch_tokens: int = Field(default=16384, ge=1)
+    """Padded tokens of one forward pass; fixed by the plan, since batch composition changes the last bits."""
+    max_quarantined_fraction: float = Field(default=0.001, ge=0.0, le=1.0)
+    """Share of samples with non-finite states above which the run stops."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`."""

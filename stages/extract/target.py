@@ -1,0 +1,276 @@
+"""The frozen target: where its files lie, what identifies it, and its parts under the names of many architectures."""
+
+import hashlib
+import json
+import logging
+import shutil
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from stages.errors import StageError
+from stages.extract.settings import TargetSection
+
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+CONFIG_KEYS_WITHOUT_MEANING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+SAMPLED_BYTES_PER_FILE = 64  # pieces of SAMPLE_BYTES each, evenly spread: seconds for any model, whatever its size
+SAMPLE_BYTES = 4096
+NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "final_norm", "norm_f")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+logger = logging.getLogger(__name__)
+
+
+class TargetError(StageError, ValueError):
+    """The target cannot be used: files missing, unknown architecture, layer ids out of range."""
+
+
+def locate_target(target: TargetSection) -> Path:
+    """The local folder of the target's files; a Hugging Face repository is downloaded once. Raises TargetError."""
+    folder = Path(target.model)
+    if not folder.is_dir():
+        if target.model.count("/") != 1 or target.model.startswith((".", "/", "~")):
+            raise TargetError(
+                f"target.model: no folder {target.model!r}; give a folder or a Hugging Face id owner/name"
+            )
+        folder = _download(target)
+    if not (folder / "config.json").is_file():
+        raise TargetError(f"target.model: {folder} has no config.json; expected a transformers model folder")
+    return folder
+
+
+def _download(target: TargetSection) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(target.model, revision=target.revision, allow_patterns=HUB_PATTERNS))
+    except Exception as error:  # the hub client raises many families: no network, no such repository, no permission
+        raise TargetError(
+            f"target.model: {target.model!r} is no folder here and cannot be downloaded: {error}"
+        ) from error
+
+
+def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
+    """The transformers config of the target's text stack."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise TargetError(f"{folder}/config.json: {error}") from error
+    return config.get_text_config(decoder=True)
+
+
+def load_tokenizer(folder: Path, *, target: TargetSection, chat_template: Path | None) -> Any:
+    """The target's tokenizer, with its chat template replaced where the config says so."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=target.trust_remote_code)
+    except Exception as error:  # tokenizers raises plain Exception for a broken tokenizer.json
+        raise TargetError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def eos_token_ids(folder: Path, config: Any) -> frozenset[int]:
+    """End-of-turn ids of the target, from its generation config and its config."""
+    found = [getattr(config, "eos_token_id", None)]
+    file = folder / "generation_config.json"
+    if file.is_file():
+        found.append(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+    flat: set[int] = set()
+    for item in found:
+        flat.update([item] if isinstance(item, int) else item or [])
+    return frozenset(flat)
+
+
+def digest_config(config: Any) -> str:
+    """sha256 of the text config without the keys that change no computation."""
+    fields = {key: value for key, value in config.to_dict().items() if key not in CONFIG_KEYS_WITHOUT_MEANING}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digest_weights(folder: Path) -> str:
+    """sha256 of every safetensors header and of evenly sampled bytes, so that it costs seconds for any model.
+
+    Raises TargetError when there are no safetensors files or when one of the index's files is missing or cut short.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(named - {file.name for file in files})
+        if missing:
+            raise TargetError(f"{folder}: weights are missing: {', '.join(missing)}, named by {index.name}")
+        files = [folder / name for name in sorted(named)]
+    if not files:
+        raise TargetError(f"{folder}: no *.safetensors weights; convert the model with save_pretrained first")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(_sample_safetensors(file))
+    return digest.hexdigest()
+
+
+def _sample_safetensors(file: Path) -> bytes:
+    """Header and sampled payload of one file, hashed."""
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if header_bytes > size - 8:
+            raise TargetError(f"{file}: not a safetensors file or cut short at {size} bytes; fetch it again")
+        header = stream.read(header_bytes)
+        digest.update(header)
+        tensors = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
+        payload = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        if size != 8 + header_bytes + payload:
+            raise TargetError(f"{file}: expected {8 + header_bytes + payload} bytes, got {size}; fetch it again")
+        for piece in range(SAMPLED_BYTES_PER_FILE):
+            stream.seek(8 + header_bytes + payload * piece // SAMPLED_BYTES_PER_FILE)
+            digest.update(stream.read(SAMPLE_BYTES))
+    return digest.digest()
+
+
+def digest_tokenizer(tokenizer: Any) -> str:
+    """sha256 of the fast tokenizer's whole state."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def digest_chat_template(tokenizer: Any) -> str:
+    """sha256 of the chat template's text; of nothing where there is none."""
+    template = tokenizer.chat_template or ""
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
+
+
+def choose_mask_token(tokenizer: Any, *, vocab_size: int, wanted: int | None) -> int:
+    """The configured mask token; else the tokenizer's own; else the first id that the embedding has and the tokenizer
+    does not use. Raises TargetError saying which ids could serve."""
+    if wanted is not None:
+        if not 0 <= wanted < vocab_size:
+            raise TargetError(f"draft.mask_token_id: expected 0 to {vocab_size - 1}, got {wanted}")
+        return wanted
+    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id < vocab_size:
+        return int(tokenizer.mask_token_id)
+    used = set(tokenizer.get_vocab().values())
+    free = next((token for token in range(vocab_size) if token not in used), None)
+    if free is None:
+        special = sorted({token for token in tokenizer.all_special_ids if token < vocab_size})
+        raise TargetError(
+            "draft.mask_token_id: the tokenizer has no mask token and uses every id of the embedding; name an id that "
+            f"no conversation contains, for example one of the special tokens {special}"
+        )
+    return free
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetParts:
+    """The modules of a loaded target that extraction touches."""
+
+    model: nn.Module
+    decoder: nn.Module
+    blocks: nn.ModuleList
+    embed_tokens: nn.Module
+    final_norm: nn.Module
+    lm_head: nn.Module
+
+
+def load_target(folder: Path, *, target: TargetSection, device: torch.device) -> TargetParts:
+    """The target in evaluation mode on `device` (or as `target.device_map` spreads it). Raises TargetError."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, target.dtype),
+            attn_implementation=target.attn_implementation,
+            device_map=target.device_map,
+            trust_remote_code=target.trust_remote_code,
+            use_safetensors=True,
+        )
+    except Exception as error:  # missing weights, a class that does not exist, an attention that is not installed
+        raise TargetError(f"{folder}: the target cannot be loaded: {error}") from error
+    if target.device_map is None:
+        model.to(device)
+    model.eval()
+    return find_parts(model)
+
+
+def find_parts(model: Any) -> TargetParts:
+    """Decoder stack, blocks, final norm, embedding and head, under whatever names the architecture gives them.
+
+    Raises TargetError when one of them cannot be told.
+    """
+    config = model.config.get_text_config(decoder=True)
+    num_layers = config.num_hidden_layers
+    for decoder in model.modules():
+        blocks = [
+            child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers
+        ]
+        norm = next(
+            (getattr(decoder, name) for name in NORM_NAMES if isinstance(getattr(decoder, name, None), nn.Module)), None
+        )
+        if len(blocks) == 1 and norm is not None:
+            lm_head = model.get_output_embeddings()
+            if lm_head is None:
+                raise TargetError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
+            return TargetParts(
+                model=model,
+                decoder=decoder,
+                blocks=blocks[0],
+                embed_tokens=model.get_input_embeddings(),
+                final_norm=norm,
+                lm_head=lm_head,
+            )
+    raise TargetError(
+        f"{type(model).__name__}: found no stack of {num_layers} blocks with a final norm beside it "
+        f"(one of {', '.join(NORM_NAMES)}); this architecture is not supported yet"
+    )
+
+
+def write_target(destination: Path, *, folder: Path, parts: TargetParts, tokenizer: Any) -> None:
+    """Fill the cache's `target/`: config, tokenizer, and head.safetensors with embedding, head and final norm."""
+    destination.mkdir(exist_ok=True)
+    shutil.copyfile(folder / "config.json", destination / "config.json")
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, destination / name)
+    if isinstance(tokenizer.chat_template, str):
+        (destination / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    tensors = {
+        "embed_tokens.weight": parts.embed_tokens.weight,
+        "lm_head.weight": parts.lm_head.weight,
+        "norm.weight": parts.final_norm.weight,
+        "lm_head.bias": getattr(parts.lm_head, "bias", None),
+        "norm.bias": getattr(parts.final_norm, "bias", None),
+    }
+    copies = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items() if tensor is not None
+    }
+    save_file(copies, destination / "head.safetensors")
+
+
+def logit_transform(config: Any) -> tuple[float | None, float | None]:
+    """(scale, soft-cap) that the target applies to its logits after `lm_head`; None where it applies none."""
+    scale = getattr(config, "logit_scale", None)
+    if getattr(config, "logits_scaling", None):
+        scale = 1.0 / config.logits_scaling
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return (float(scale) if scale is not None else None, float(softcap) if softcap is not None else None)

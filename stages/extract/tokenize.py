@@ -1,0 +1,119 @@
+"""Chats and texts to token ids and loss mask, by the target's own tokenizer and chat template."""
+
+import re
+from os.path import commonprefix
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from stages.extract.conversations import Chat, Text, Tokens
+from stages.extract.rows import BadRowError, DataError
+
+_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class SampleTokenizer:
+    """Token ids and loss mask of one row.
+
+    The mask covers what the target itself would have to generate: every assistant turn, or the last one, its
+    end-of-turn token included. A template with `{% generation %}` markers says so itself; for any other, the spans are
+    found by rendering the conversation up to each turn and comparing texts.
+    """
+
+    def __init__(self, tokenizer: Any, *, supervise: str, eos_token_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._supervise = supervise
+        self._has_markers = bool(_GENERATION_MARKER.search(tokenizer.chat_template or ""))
+        self._eos_token_ids = eos_token_ids | ({tokenizer.eos_token_id} - {None})
+        if not tokenizer.is_fast:
+            raise DataError("the target's tokenizer has no fast version, so loss masks cannot be aligned; provide one")
+
+    def __call__(self, row: Chat | Text | Tokens) -> Tokens:
+        """`input_ids` [T] int32 and `loss_mask` [T] uint8. Raises BadRowError."""
+        if isinstance(row, Tokens):
+            return self._check_ids(row)
+        if isinstance(row, Text):
+            ids = np.asarray(self._tokenizer(row.text)["input_ids"], dtype=np.int32)
+            return Tokens(input_ids=ids, loss_mask=np.ones(len(ids), dtype=np.uint8))
+        if not self._tokenizer.chat_template:
+            raise DataError("the rows are chats, but the tokenizer has no chat template; set data.chat_template")
+        tokens = self._mask_by_markers(row) if self._has_markers else self._mask_by_offsets(row)
+        if not tokens.loss_mask.any():
+            raise BadRowError("loss mask all zero: no assistant token found")
+        if tokens.loss_mask.all():
+            raise BadRowError("loss mask all one: the template marks the whole chat as generated")
+        return tokens
+
+    def _check_ids(self, row: Tokens) -> Tokens:
+        highest = int(row.input_ids.max())
+        if highest >= len(self._tokenizer):
+            raise BadRowError(f"token id outside the target's vocabulary of {len(self._tokenizer)}")
+        return row
+
+    def _render(self, messages: list[dict[str, Any]], row: Chat, **options: Any) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(messages, tools=row.tools, **options)
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise BadRowError(f"chat template: {_first_line(error)}") from error
+
+    def _mask_by_markers(self, row: Chat) -> Tokens:
+        encoded = self._render(row.messages, row, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        ids = np.asarray(encoded["input_ids"], dtype=np.int32)
+        mask = np.asarray(encoded["assistant_masks"], dtype=np.uint8)
+        edges = np.flatnonzero(np.diff(mask, prepend=0, append=0).astype(np.int8))
+        spans = [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+        spans = [(start, self._include_eos(ids, end)) for start, end in spans]
+        return Tokens(input_ids=ids, loss_mask=self._mask_of_spans(spans, num_tokens=len(ids)))
+
+    def _mask_by_offsets(self, row: Chat) -> Tokens:
+        text = self._render(row.messages, row, tokenize=False)
+        spans = self._find_spans(row, text)
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.asarray(encoded["input_ids"], dtype=np.int32)
+        offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        token_spans = []
+        for start, end in spans:
+            inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end) & (offsets[:, 1] > offsets[:, 0]))
+            if len(inside):
+                token_spans.append((int(inside[0]), self._include_eos(ids, int(inside[-1]) + 1)))
+        return Tokens(input_ids=ids, loss_mask=self._mask_of_spans(token_spans, num_tokens=len(ids)))
+
+    def _find_spans(self, row: Chat, text: str) -> list[tuple[int, int]]:
+        """Character spans of the assistant turns, without the end-of-turn token where that cannot be told from text."""
+        spans: list[tuple[int, int]] = []
+        for index, message in enumerate(row.messages):
+            if message["role"] != "assistant":
+                continue
+            before = row.messages[:index]
+            start = 0
+            if before:
+                opened = self._render(before, row, tokenize=False, add_generation_prompt=True)
+                closed = self._render(before, row, tokenize=False)
+                start = len(commonprefix([opened, text]))
+                if start < len(closed.rstrip()):
+                    raise BadRowError("chat template rewrites earlier turns; it needs {% generation %} markers")
+            upto = self._render(row.messages[: index + 1], row, tokenize=False)
+            if text.startswith(upto):
+                end = start + len(text[start : len(upto)].rstrip())
+            else:  # the template renders a turn otherwise once it is no longer the last, as Qwen3 does with thinking
+                content = message["content"].strip()
+                found = text.find(content, start) if content else -1
+                if found < 0:
+                    raise BadRowError("chat template: an assistant turn was not found in the rendered chat")
+                end = found + len(content)
+            spans.append((start, end))
+        return spans
+
+    def _include_eos(self, ids: np.ndarray, end: int) -> int:
+        return end + 1 if end < len(ids) and int(ids[end]) in self._eos_token_ids else end
+
+    def _mask_of_spans(self, spans: list[tuple[int, int]], *, num_tokens: int) -> np.ndarray:
+        mask = np.zeros(num_tokens, dtype=np.uint8)
+        for start, end in spans[-1:] if self._supervise == "last" else spans:
+            mask[start:end] = 1
+        return mask
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

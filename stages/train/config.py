@@ -1,0 +1,149 @@
+"""The draft's config: a `Qwen3Config` in the target's dimensions, with the fields that servers read (DESIGN section 6).
+
+Written by `build_draft_config`, read by `Qwen3DSparkModel` and, from `config.json`, by vLLM, SGLang and TensorRT-LLM.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from stages.layers import check_layers, default_layers
+
+MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
+
+# Keys of a target's rope that the draft does not have: it rotates whole heads of text positions.
+_FOREIGN_ROPE_KEYS = ("partial_rotary_factor", "mrope_section", "mrope_interleaved", "type")
+
+
+def default_target_layer_ids(num_target_layers: int) -> list[int]:
+    """Five ids spread evenly from 1 to N-3 (36 layers: 1, 9, 17, 25, 33); fewer, at least one, for a small target."""
+    if num_target_layers < 1:
+        raise ValueError(f"num_target_layers: expected at least 1, got {num_target_layers}")
+    return list(default_layers(num_target_layers))
+
+
+def build_draft_config(  # noqa: PLR0913 (one argument a field of the draft)
+    target_config: PretrainedConfig,
+    *,
+    mask_token_id: int,
+    num_draft_layers: int = 5,
+    block_size: int = 7,
+    target_layer_ids: Sequence[int] | None = None,
+    num_anchors: int = 512,
+    markov_rank: int = 256,
+    markov_head_type: str = "vanilla",
+    enable_confidence_head: bool = True,
+    confidence_head_with_markov: bool = True,
+    intermediate_size: int | None = None,
+) -> Qwen3Config:
+    """A draft config for any decoder target; a nested one (`text_config`) is opened.
+
+    Dimensions, head size, rope, norm epsilon and vocabulary are the target's; logit scale and soft-cap too, where it
+    has them. `confidence_head_with_markov` is dropped with `markov_rank = 0`, where there is no embedding to see.
+
+    Raises ValueError, naming the value, for settings that no draft of this target can have.
+    """
+    target = target_config.get_text_config(decoder=True)
+    num_target_layers, vocab_size = int(target.num_hidden_layers), int(target.vocab_size)
+    layer_ids = tuple(default_target_layer_ids(num_target_layers) if target_layer_ids is None else target_layer_ids)
+    check_layers(layer_ids, num_target_layers=num_target_layers, key="target_layer_ids")
+    _check_at_least(1, num_draft_layers=num_draft_layers, block_size=block_size, num_anchors=num_anchors)
+    _check_at_least(0, markov_rank=markov_rank)
+    if markov_head_type not in MARKOV_HEAD_TYPES:
+        raise ValueError(f"markov_head_type: expected one of {', '.join(MARKOV_HEAD_TYPES)}, got {markov_head_type!r}")
+    if not 0 <= mask_token_id < vocab_size:
+        raise ValueError(
+            f"mask_token_id: expected an id in the target's embedding, 0 to {vocab_size - 1}, got {mask_token_id}; "
+            "choose an id that the tokenizer does not use"
+        )
+    return Qwen3Config(
+        architectures=["Qwen3DSparkModel"],
+        **_target_dimensions(target, intermediate_size=intermediate_size),
+        num_hidden_layers=num_draft_layers,
+        layer_types=["full_attention"] * num_draft_layers,
+        use_sliding_window=False,
+        sliding_window=None,
+        max_window_layers=num_draft_layers,
+        attention_bias=False,
+        attention_dropout=0.0,
+        tie_word_embeddings=False,
+        use_cache=True,
+        block_size=block_size,
+        mask_token_id=mask_token_id,
+        target_layer_ids=list(layer_ids),
+        num_target_layers=num_target_layers,
+        num_anchors=num_anchors,
+        markov_rank=markov_rank,
+        markov_head_type=markov_head_type,
+        enable_confidence_head=enable_confidence_head,
+        confidence_head_with_markov=confidence_head_with_markov and markov_rank > 0,
+        sample_from_anchor=True,
+        **_logit_transform(target),
+    )
+
+
+def _target_dimensions(target: PretrainedConfig, *, intermediate_size: int | None) -> dict[str, Any]:
+    hidden_size, num_heads = int(target.hidden_size), int(target.num_attention_heads)
+    head_dim = getattr(target, "head_dim", None) or hidden_size // num_heads
+    if head_dim % 2:
+        raise ValueError(f"head_dim: expected an even number, since rope rotates pairs, got {head_dim} from the target")
+    width = getattr(target, "intermediate_size", None) if intermediate_size is None else intermediate_size
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(
+            f"intermediate_size: expected a positive number, got {width!r}"
+            + (" from the target; set draft.intermediate_size" if intermediate_size is None else "")
+        )
+    dtype = getattr(target, "dtype", None)
+    return {
+        "vocab_size": int(target.vocab_size),
+        "hidden_size": hidden_size,
+        "intermediate_size": width,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": int(getattr(target, "num_key_value_heads", None) or num_heads),
+        "head_dim": int(head_dim),
+        "hidden_act": "silu",  # Qwen3's; servers accept no other
+        "max_position_embeddings": int(getattr(target, "max_position_embeddings", None) or 32768),
+        "initializer_range": float(getattr(target, "initializer_range", None) or 0.02),
+        "rms_norm_eps": float(getattr(target, "rms_norm_eps", None) or 1e-6),
+        "rope_parameters": _draft_rope(target),
+        "dtype": dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
+        "bos_token_id": getattr(target, "bos_token_id", None),
+        "eos_token_id": getattr(target, "eos_token_id", None),
+        "pad_token_id": getattr(target, "pad_token_id", None),
+    }
+
+
+def _draft_rope(target: PretrainedConfig) -> dict[str, Any]:
+    """The target's rope, written in full; of a target with one rope per layer type, that of full attention."""
+    rope = dict(getattr(target, "rope_parameters", None) or {})
+    if isinstance(rope.get("full_attention"), dict):
+        rope = dict(rope["full_attention"])
+    rope = {key: value for key, value in rope.items() if key not in _FOREIGN_ROPE_KEYS and value is not None}
+    rope.setdefault("rope_type", "default")
+    rope.setdefault("rope_theta", 10000.0)
+    if rope["rope_type"] == "mrope":  # of text positions alone, all three sections agree
+        rope["rope_type"] = "default"
+    known = ["default", *ROPE_INIT_FUNCTIONS]
+    if rope["rope_type"] not in known:
+        raise ValueError(f"rope_type: expected one of {', '.join(known)}, got {rope['rope_type']!r} from the target")
+    return rope
+
+
+def _logit_transform(target: PretrainedConfig) -> dict[str, float]:
+    """`logit_scale` (Cohere's name; Granite divides by `logits_scaling`) and `final_logit_softcapping`, where set."""
+    scale = getattr(target, "logit_scale", None)
+    divisor = getattr(target, "logits_scaling", None)
+    if scale is None and divisor:
+        scale = 1.0 / divisor
+    softcap = getattr(target, "final_logit_softcapping", None)
+    fields = {} if scale is None or scale == 1.0 else {"logit_scale": float(scale)}
+    return fields if softcap is None else {**fields, "final_logit_softcapping": float(softcap)}
+
+
+def _check_at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")

@@ -1,0 +1,97 @@
+"""Numbers of a run: sums over the micro-batches of a step, and where they are written."""
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from stages.train.module import DSparkStepMetrics
+
+SUMMED = (
+    "loss_num",
+    "loss_den",
+    "ce_num",
+    "l1_num",
+    "confidence_num",
+    "accept_rate_per_pos_num",
+    "accept_rate_per_pos_den",
+    "tau_num",
+    "tau_den",
+    "confidence_abs_error_num",
+    "confidence_bias_num",
+    "confidence_diag_den",
+)
+
+
+class StepTotals:
+    """Sums of `DSparkStepMetrics` over micro-batches; the ratios are taken once, at the end."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def add(self, metrics: DSparkStepMetrics) -> None:
+        for name in SUMMED:
+            value = getattr(metrics, name).detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def ratios(self) -> dict[str, Any]:
+        """Losses, tau, and acceptance by slot, each the ratio of its sums; 0 where nothing was supervised."""
+        sums = self._sums
+        weight = sums["loss_den"].clamp_min(1e-30)
+        per_slot = sums["accept_rate_per_pos_num"] / sums["accept_rate_per_pos_den"].clamp_min(1e-30)
+        diagnosed = sums["confidence_diag_den"].clamp_min(1e-30)
+        return {
+            "loss": float(sums["loss_num"] / weight),
+            "ce_loss": float(sums["ce_num"] / weight),
+            "l1_loss": float(sums["l1_num"] / weight),
+            "confidence_loss": float(sums["confidence_num"] / weight),
+            "tau": float(sums["tau_num"] / sums["tau_den"].clamp_min(1e-30)),
+            "confidence_abs_error": float(sums["confidence_abs_error_num"] / diagnosed),
+            "confidence_bias": float(sums["confidence_bias_num"] / diagnosed),
+            "accept_rate_per_pos": [float(rate) for rate in per_slot],
+        }
+
+
+class MetricsLog:
+    """`metrics.jsonl` and TensorBoard of a run; rows past the step that a resume starts from are cut off."""
+
+    def __init__(self, run_dir: Path, *, resume_step: int) -> None:
+        self._file = run_dir / "metrics.jsonl"
+        kept = _rows_up_to(self._file, resume_step)
+        self._file.write_text("".join(kept))
+        self._stream = self._file.open("a", buffering=1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)
+
+    def write(self, kind: str, row: dict[str, Any]) -> None:
+        """One row; `row["step"]` counts the optimizer steps done."""
+        self._stream.write(json.dumps({"kind": kind, **row}) + "\n")
+        for key, value in row.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"{kind}/{key}", value, row["step"])
+
+    def close(self) -> None:
+        self._stream.close()
+        self._board.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All rows of a run's `metrics.jsonl`; a last line that a kill cut short is left out."""
+    file = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in _whole_lines(file)] if file.is_file() else []
+
+
+def _whole_lines(file: Path) -> Iterable[str]:
+    return (line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n"))
+
+
+def _rows_up_to(file: Path, step: int) -> list[str]:
+    if not file.is_file():
+        return []
+    return [line for line in _whole_lines(file) if json.loads(line)["step"] <= step]
+
+
+logging.getLogger("tensorboard").setLevel(logging.ERROR)

@@ -1,0 +1,283 @@
+"""The DSpark draft: a few Qwen3 layers that fill a block of K slots at once, looking at the target's hidden states.
+
+Tensor names are those that servers load (DESIGN section 6). `embed_tokens` and `lm_head` are the target's and frozen.
+
+Shape suffixes: B rows, S context tokens, L target layers, D hidden, A anchors, K slots, Q = A*K, N any slots,
+V vocabulary, H heads, G key-value heads, E head size.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Qwen3Config
+from transformers import initialization as init
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    rotate_half,
+)
+
+from stages.train.attention import KeyValue, attend_dense, block_mask
+from stages.train.documents import document_bounds
+from stages.train.heads import ConfidenceHead, MarkovHead, build_markov_head
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+_REQUIRED_FIELDS = ("block_size", "mask_token_id", "target_layer_ids", "num_anchors", "markov_rank")
+
+
+class DSparkRotaryEmbedding(Qwen3RotaryEmbedding):  # type: ignore[misc]
+    """Qwen3's rope whose frequencies stay float32 when the module is cast: bfloat16 ones turn far positions astray."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers(recurse=False):
+            if exact[name].is_meta and not buffer.is_meta:
+                frequencies = type(self)(self.config).get_buffer(name)
+                setattr(self, name, frequencies.to(buffer.device))
+            elif buffer.dtype != torch.float32:
+                setattr(self, name, exact[name].to(buffer.device))
+        return self
+
+
+class DSparkAttention(nn.Module):
+    """Qwen3's attention, with keys and values of the context made apart from those of the block."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, num_kv_heads * self.head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, num_kv_heads * self.head_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def key_value(self, states: torch.Tensor, rope: Rope) -> KeyValue:
+        """Keys, normed and rotated, and values of `states [B, X, D]`: two [B, G, X, E]."""
+        key = _rotate(self.k_norm(_split_heads(self.k_proj(states), self.head_dim)), rope)
+        return key, _split_heads(self.v_proj(states), self.head_dim)
+
+    def forward(
+        self, states_BQD: torch.Tensor, rope: Rope, context: KeyValue, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        query_BHQE = _rotate(self.q_norm(_split_heads(self.q_proj(states_BQD), self.head_dim)), rope)
+        block = self.key_value(states_BQD, rope)
+        output_BHQE = attend_dense(query_BHQE, context, block, mask, scale=self.head_dim**-0.5)
+        output_BQD: torch.Tensor = self.o_proj(output_BHQE.transpose(1, 2).flatten(2))
+        return output_BQD
+
+
+class DSparkLayer(nn.Module):
+    """A Qwen3 decoder layer over `DSparkAttention`."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.self_attn = DSparkAttention(config)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, states_BQD: torch.Tensor, rope: Rope, context: KeyValue, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        states_BQD = states_BQD + self.self_attn(self.input_layernorm(states_BQD), rope, context, mask)
+        output_BQD: torch.Tensor = states_BQD + self.mlp(self.post_attention_layernorm(states_BQD))
+        return output_BQD
+
+
+class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
+    """The draft model. `config` is `build_draft_config`'s, or that of a published Qwen3 DSpark draft."""
+
+    config_class = Qwen3Config
+    base_model_prefix = ""
+    _no_split_modules = ["DSparkLayer"]  # noqa: RUF012 (transformers declares it as an instance attribute)
+    _supports_sdpa = True
+
+    def __init__(self, config: Qwen3Config) -> None:
+        missing = [name for name in _REQUIRED_FIELDS if getattr(config, name, None) is None]
+        if missing:
+            raise ValueError(f"config: {', '.join(missing)} missing; expected the config of a DSpark draft")
+        if not getattr(config, "sample_from_anchor", True):
+            raise ValueError("config: sample_from_anchor is false; slot 0 must predict the token after the anchor")
+        super().__init__(config)
+        self.block_size = int(config.block_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([DSparkLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DSparkRotaryEmbedding(config)
+        self.fc = nn.Linear(len(config.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.markov_head: MarkovHead | None = build_markov_head(config)
+        enabled = getattr(config, "enable_confidence_head", False)
+        self.confidence_head: ConfidenceHead | None = ConfidenceHead(config) if enabled else None
+        self.post_init()
+        self.freeze_target_head()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MarkovHead):
+            # No bias at first: training starts as DFlash and learns only what the previous token adds. W1 is random,
+            # so W2's gradient is not zero.
+            init.zeros_(module.markov_w2.weight)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which makes loaded parameters trainable: here the target's stay frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_target_head()
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers, but with a full `config.json`, defaults included, for readers of other versions."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        fields = config_fields(self.config)
+        (Path(save_directory) / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+    def save_draft(self, draft_dir: str | os.PathLike[str], *, dtype: torch.dtype) -> None:
+        """Write the draft in `dtype` for servers; the folder appears whole or not at all. The model is not cast."""
+        final = Path(draft_dir)
+        partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
+        with torch.device("meta"):
+            copy = type(self)(self.config)
+        tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.state_dict().items()}
+        copy.load_state_dict(tensors, assign=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        copy.save_pretrained(partial)
+        for path in [*partial.iterdir(), partial]:
+            _fsync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _fsync(final.parent)
+
+    def freeze_target_head(self) -> None:
+        """Take the target's embedding and head out of training."""
+        self.embed_tokens.requires_grad_(False)
+        self.lm_head.requires_grad_(False)
+
+    @torch.no_grad()
+    def load_target_head(self, embed_tokens: torch.Tensor, lm_head: torch.Tensor) -> None:
+        """Copy the target's embedding and head, both [V, D], into the draft. Raises ValueError for other shapes."""
+        for name, given, own in (("embed_tokens", embed_tokens, self.embed_tokens), ("lm_head", lm_head, self.lm_head)):
+            if given.shape != own.weight.shape:
+                raise ValueError(
+                    f"{name}: expected {list(own.weight.shape)} as in the draft's config, got {list(given.shape)}; "
+                    "build the draft's config from the same target"
+                )
+            own.weight.copy_(given)
+
+    def project_context(self, target_hidden_BSX: torch.Tensor) -> torch.Tensor:
+        """The target's layers [B, S, L*D], side by side in ascending id order, as the context [B, S, D] of every layer."""
+        if not torch.is_autocast_enabled(target_hidden_BSX.device.type):
+            target_hidden_BSX = target_hidden_BSX.to(self.fc.weight.dtype)
+        context_BSD: torch.Tensor = self.hidden_norm(self.fc(target_hidden_BSX))
+        return context_BSD
+
+    def context_key_values(self, context_BSD: torch.Tensor, positions_BS: torch.Tensor) -> list[KeyValue]:
+        """Keys and values of the context for each draft layer, [B, G, S, E]: what a draft KV cache holds."""
+        rope = self.rotary_emb(context_BSD, positions_BS)
+        return [cast(DSparkLayer, layer).self_attn.key_value(context_BSD, rope) for layer in self.layers]
+
+    def run_blocks(
+        self,
+        block_ids_BQ: torch.Tensor,
+        positions_BQ: torch.Tensor,
+        context: list[KeyValue],
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """h, the state after the final norm, of each slot: [B, Q, D]. `mask` as in `attend_dense`."""
+        states_BQD = self.embed_tokens(block_ids_BQ)
+        rope = self.rotary_emb(states_BQD, positions_BQ)
+        for layer, key_value in zip(self.layers, context, strict=True):
+            states_BQD = layer(states_BQD, rope, key_value, mask)
+        h_BQD: torch.Tensor = self.norm(states_BQD)
+        return h_BQD
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        anchor_positions: torch.Tensor,
+        seq_lens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """h [B, A, K, D] of the blocks `[token a, mask, ..., mask]` at anchors a.
+
+        `input_ids [B, S]`, `target_hidden_states [B, S, L*D]`, `anchor_positions [B, A]` (-1: none, its h means
+        nothing), `seq_lens [B, documents]`. Positions count from the document's start, so that packing changes nothing.
+        """
+        start_BS, _ = document_bounds(seq_lens, input_ids)
+        positions_BS = torch.arange(input_ids.shape[1], device=input_ids.device) - start_BS
+        anchor_BA = anchor_positions.clamp_min(0)
+        start_BA = start_BS.gather(1, anchor_BA)
+        slots_K = torch.arange(self.block_size, device=input_ids.device)
+        positions_BAK = (anchor_BA - start_BA)[..., None] + slots_K
+        ids_BAK = torch.full_like(positions_BAK, self.config.mask_token_id)
+        ids_BAK[..., 0] = input_ids.gather(1, anchor_BA)
+        context = self.context_key_values(self.project_context(target_hidden_states), positions_BS)
+        mask = block_mask(anchor_positions, start_BA, num_context=input_ids.shape[1], block_size=self.block_size)
+        h_BQD = self.run_blocks(ids_BAK.flatten(1), positions_BAK.flatten(1), context, mask)
+        return h_BQD.view(len(h_BQD), -1, self.block_size, h_BQD.shape[-1])
+
+    def base_logits(self, states_ND: torch.Tensor) -> torch.Tensor:
+        """`lm_head`'s logits [N, V] of draft or target states, at least float32, with the target's scale and soft-cap.
+
+        The Markov bias is added to these, after the soft-cap.
+        """
+        if not torch.is_autocast_enabled(states_ND.device.type):
+            states_ND = states_ND.to(self.lm_head.weight.dtype)
+        logits_NV = at_least_float32(self.lm_head(states_ND))
+        scale = getattr(self.config, "logit_scale", None)
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        if scale is not None:
+            logits_NV = logits_NV * scale
+        return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
+
+
+def config_fields(config: Qwen3Config) -> dict[str, Any]:
+    """What `config.json` holds: every Qwen3 field, the draft's own, and rope under its older names as well.
+
+    Readers before transformers 5 know `rope_theta` and `rope_scaling` only; a draft served without its rope drafts
+    badly in silence.
+    """
+    whole = config.to_dict()
+    names = {*config.to_diff_dict(), *Qwen3Config.__annotations__, "model_type", "dtype"}
+    fields = {name: whole[name] for name in names if name in whole}
+    rope = dict(config.rope_parameters)
+    fields["rope_theta"] = rope.pop("rope_theta")
+    fields["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    return fields
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision to float32; wider types as they are."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _split_heads(states_BXD: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return states_BXD.view(*states_BXD.shape[:-1], -1, head_dim).transpose(1, 2)
+
+
+def _rotate(states_BHXE: torch.Tensor, rope: Rope) -> torch.Tensor:
+    cos_B1XE, sin_B1XE = (part.unsqueeze(1) for part in rope)
+    rotated: torch.Tensor = states_BHXE * cos_B1XE + rotate_half(states_BHXE) * sin_B1XE
+    return rotated
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

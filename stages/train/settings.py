@@ -1,0 +1,83 @@
+"""Config sections of stage two: `[draft]`, `[objective]`, `[train]`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from stages.section import Section
+
+
+class DraftSection(Section):
+    """The draft model; what is not named here it takes from the target."""
+
+    num_layers: int = Field(default=5, ge=1)
+    """Decoder layers of the draft."""
+    block_size: int = Field(default=7, ge=1)
+    """Tokens K that one draft pass proposes."""
+    num_anchors: int = Field(default=512, ge=1)
+    """Blocks that are trained in a sample at most."""
+    target_layer_ids: tuple[int, ...] | None = None
+    """Target layers that the draft sees, a subset of the cache's. Default: all that the cache stores."""
+    intermediate_size: int | None = Field(default=None, ge=1)
+    """MLP width. Default: the target's."""
+    mask_token_id: int | None = None
+    """Id at the slots to be predicted. Default: see the README, "Mask token"."""
+    markov_rank: int = Field(default=256, ge=0)
+    """Rank of the Markov head; 0 trains DFlash, without one."""
+    markov_head_type: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    """Form of the Markov head."""
+    enable_confidence_head: bool = True
+    """Train the head that predicts acceptance."""
+    confidence_head_with_markov: bool = True
+    """Let the confidence head see the previous token's Markov embedding."""
+
+
+class ObjectiveSection(Section):
+    """Weights of the loss terms (DSpark paper, section on training)."""
+
+    loss_decay_gamma: float | None = Field(default=4.0, gt=0)
+    """Slot k weighs exp(-k/gamma). Write `inf` in TOML for equal weights."""
+    ce_loss_alpha: float = Field(default=0.1, ge=0)
+    """Weight of the cross-entropy against the data's tokens."""
+    l1_loss_alpha: float = Field(default=0.9, ge=0)
+    """Weight of the L1 distance between draft and target distribution."""
+    confidence_head_alpha: float = Field(default=1.0, ge=0)
+    """Weight of the confidence head's binary cross-entropy."""
+
+
+class TrainSection(Section):
+    """The optimisation."""
+
+    run_dir: Path = Path("runs/train")
+    """Folder of checkpoints, metrics and the resolved config."""
+    epochs: int = Field(default=10, ge=1)
+    """Passes over the training split."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps at most, whatever `epochs` says; the schedule ends there."""
+    global_batch_size: int = Field(default=512, ge=1)
+    """Samples of one optimizer step."""
+    max_batch_tokens: int = Field(default=4096, ge=1)
+    """Tokens of one packed micro-batch; a longer sample goes alone."""
+    lr: float = Field(default=6e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averaging factors."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    warmup_fraction: float = Field(default=0.04, ge=0, le=1)
+    """Share of the steps with linearly rising learning rate; cosine to zero follows."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Norm that the gradient is clipped to."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute dtype; master weights and optimizer are float32 in either case."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds initial weights, order and anchors."""
+    validate_every: int | None = Field(default=None, ge=1)
+    """Steps between validations on the held-out split. Default: once an epoch, and at the end."""
+    checkpoint_every: int = Field(default=500, ge=1)
+    """Steps between checkpoints; one is also written at the end."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints to keep."""

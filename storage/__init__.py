@@ -1,0 +1,50 @@
+"""The cache on disk: its plan, its writer, its reader, its verifier. FORMAT.md is the normative description."""
+
+from storage.encodings import bytes_per_token
+from storage.errors import (
+    CacheCorruptError,
+    CacheError,
+    CacheExistsError,
+    CacheFormatError,
+    CacheIdentityError,
+    CacheIncompleteError,
+    CacheNotFoundError,
+    CacheReadError,
+    CacheSpaceError,
+    CacheUsageError,
+)
+from storage.manifest import CacheHeader, CacheIdentity, Manifest, check_identity
+from storage.plan import CachePlan
+from storage.reader import CacheReader, Sample
+from storage.samples import PlannedSample
+from storage.sharding import plan_batches
+from storage.verify import Problem, VerifyReport, verify_cache
+from storage.writer import CacheWriter, ShardWriter
+
+__all__ = [
+    "CacheReader",
+    "CacheWriter",
+    "CachePlan",
+    "verify_cache",
+    "Sample",
+    "ShardWriter",
+    "PlannedSample",
+    "CacheHeader",
+    "CacheIdentity",
+    "Manifest",
+    "VerifyReport",
+    "Problem",
+    "bytes_per_token",
+    "check_identity",
+    "plan_batches",
+    "CacheError",
+    "CacheCorruptError",
+    "CacheExistsError",
+    "CacheFormatError",
+    "CacheIdentityError",
+    "CacheIncompleteError",
+    "CacheNotFoundError",
+    "CacheReadError",
+    "CacheSpaceError",
+    "CacheUsageError",
+]

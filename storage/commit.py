@@ -1,0 +1,145 @@
+"""``commits/NNNNN.json``: the record without which a shard does not exist.
+
+Published by ``CacheWriter`` after the shard's directory is durable; read when a shard is first touched. It holds no
+time and no host, so the same shard has the same record wherever it was computed.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage import layout
+from storage.errors import CacheCorruptError, CacheFormatError
+from storage.files import read_inside
+from storage.index import PlanIndex
+from storage.manifest import Manifest
+from storage.sealed import Count, Crc32c, Record, SealedRecord, Sha256
+from storage.zarr_array import ArraySpec, plan_arrays
+
+
+class ArrayRecord(Record):
+    """The chunk file of an array: its size and the crc32c of each inner chunk, padding included."""
+
+    file_bytes: Count
+    chunk_crc32c: tuple[Crc32c, ...]
+
+
+class ExcludedSample(Record):
+    """A quarantined sample: its rows are on disk, but no reader returns them."""
+
+    sample_id: Count
+    reason: str
+    layer: int | None
+
+
+class CommitRecord(SealedRecord):
+    """``commits/NNNNN.json``."""
+
+    shard: Count
+    plan_digest: Sha256
+    num_samples: Count
+    num_tokens: Count
+    token_digest: Sha256
+    arrays: dict[str, ArrayRecord]
+    excluded: tuple[ExcludedSample, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedShard:
+    """What the plan says about a shard, against which its record is held."""
+
+    root: Path
+    shard: int
+    plan_digest: str
+    num_samples: int
+    num_tokens: int
+    arrays: tuple[ArraySpec, ArraySpec]
+
+
+def plan_shard(root: Path, manifest: Manifest, index: PlanIndex, shard: int) -> PlannedShard:
+    """The plan of one shard."""
+    num_tokens = int(index.shard_tokens[shard])
+    return PlannedShard(
+        root=root,
+        shard=shard,
+        plan_digest=manifest.plan_digest,
+        num_samples=len(index.shard_rows(shard)),
+        num_tokens=num_tokens,
+        arrays=plan_arrays(manifest.header, num_tokens),
+    )
+
+
+def seal_commit(
+    planned: PlannedShard,
+    *,
+    token_digest: str,
+    chunk_crc32c: Sequence[Sequence[str]],
+    excluded: Sequence[ExcludedSample] = (),
+) -> CommitRecord:
+    """The record of a written shard; ``chunk_crc32c`` has one list per array."""
+    arrays = {
+        spec.name: ArrayRecord(file_bytes=spec.file_bytes, chunk_crc32c=tuple(checksums))
+        for spec, checksums in zip(planned.arrays, chunk_crc32c, strict=True)
+    }
+    return CommitRecord.seal(
+        shard=planned.shard,
+        plan_digest=planned.plan_digest,
+        num_samples=planned.num_samples,
+        num_tokens=planned.num_tokens,
+        token_digest=token_digest,
+        arrays=arrays,
+        excluded=tuple(sorted(excluded, key=lambda sample: sample.sample_id)),
+    )
+
+
+def list_commits(root: Path) -> tuple[set[int], set[int]]:
+    """Shards that have a commit record, and shards that have a marker of excluded samples: names only."""
+    directory = root / layout.COMMITS
+    names = os.listdir(directory) if directory.is_dir() else []
+    commits = {shard for name in names if (shard := layout.parse_commit(name)) is not None}
+    excluded = {shard for name in names if (shard := layout.parse_excluded(name)) is not None}
+    return commits, excluded
+
+
+def read_commit(planned: PlannedShard, *, has_marker: bool) -> CommitRecord:
+    """Read a shard's record and hold it against the plan and against the marker of excluded samples."""
+    name = layout.commit_name(planned.shard)
+    where = planned.root / name
+    try:
+        data = read_inside(planned.root, name)
+    except FileNotFoundError as error:
+        raise CacheCorruptError(f"{where}: is gone; run extract again to compute this shard") from error
+    record = CommitRecord.parse(data, where=str(where))
+    check_commit(record, planned)
+    if bool(record.excluded) != has_marker:
+        state = "has no" if record.excluded else "has a"
+        raise CacheCorruptError(
+            f"{where}: names {len(record.excluded)} excluded samples, but the shard {state} marker "
+            f"{layout.excluded_name(planned.shard)}; {remedy(planned.shard)}"
+        )
+    return record
+
+
+def check_commit(record: CommitRecord, planned: PlannedShard) -> None:
+    """Refuse a record of another shard or of another plan."""
+    pairs = {
+        "shard": (record.shard, planned.shard),
+        "plan_digest": (record.plan_digest, planned.plan_digest),
+        "num_samples": (record.num_samples, planned.num_samples),
+        "num_tokens": (record.num_tokens, planned.num_tokens),
+        "arrays": (sorted(record.arrays), sorted(spec.name for spec in planned.arrays)),
+    }
+    wrong = [f"{name} {got}, planned {expected}" for name, (got, expected) in pairs.items() if got != expected]
+    for spec in planned.arrays:
+        array = record.arrays.get(spec.name)
+        if array and (array.file_bytes, len(array.chunk_crc32c)) != (spec.file_bytes, spec.num_chunks):
+            wrong.append(f"{spec.name} {array.file_bytes} bytes, planned {spec.file_bytes}")
+    if wrong:
+        where = planned.root / layout.commit_name(planned.shard)
+        raise CacheFormatError(f"{where}: is of another shard or plan: {'; '.join(wrong)}; {remedy(planned.shard)}")
+
+
+def remedy(shard: int) -> str:
+    """What to do about a damaged shard."""
+    return f"delete {layout.commit_name(shard)} and run extract again, which computes only this shard"

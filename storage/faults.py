@@ -1,0 +1,32 @@
+"""Named points of the write protocol at which a test may kill the process, to prove what a crash leaves behind."""
+
+import os
+import signal
+
+FAULT_VARIABLE = "DSPARK_FAULT"
+
+PLAN_FAULTS = (
+    "plan.started",  # the partial manifest marks the directory as ours
+    "plan.samples",  # one samples file is written
+    "plan.target",  # the files of target/ are written
+    "plan.index",  # the index is written
+    "plan.manifest",  # the manifest is written under its partial name
+    "plan.committed",  # the manifest has its name
+)
+SHARD_FAULTS = (
+    "shard.opened",  # the temporary directory exists
+    "shard.appended",  # some rows are written
+    "shard.written",  # every row and the index footer are written
+    "shard.synced",  # files and directories are on disk
+    "shard.renamed",  # the shard has its name, the parent directory is not yet synced
+    "shard.published",  # the parent directory is synced
+    "commit.marker",  # the marker of excluded samples is published
+    "commit.written",  # the record is written under a temporary name
+    "commit.renamed",  # the record has its name
+)
+
+
+def fault_point(name: str) -> None:
+    """SIGKILL this process if ``DSPARK_FAULT`` is ``name``; do nothing otherwise."""
+    if os.environ.get(FAULT_VARIABLE) == name:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,205 @@
+"""What a cache is made of and from: the identity, the header and the manifest.
+
+Written once by ``CachePlan.write``, as the last file of the plan; read by everything else; never rewritten.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from storage import layout
+from storage.encodings import Encoding, bytes_per_token, parse_encoding
+from storage.errors import CacheFormatError, CacheIdentityError, CacheNotFoundError
+from storage.files import read_inside
+from storage.sealed import FORMAT_VERSION, Count, Crc32c, Record, SealedRecord, Sha256, canonical_json
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+LAYER_CONVENTION = (
+    "Layer id k is the output of decoder block k, counted from 0, before any final norm; -1 is the embedding output."
+)
+LAST_STATE_CONVENTION = (
+    "last_hidden_states is taken after the final norm: exactly what the target's lm_head multiplies."
+)
+
+
+def _parse_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if not layers or layers[0] < -1 or list(layers) != sorted(set(layers)):
+        raise ValueError(f"expected ascending layer ids from -1 on, each once, got {layers}")
+    return layers
+
+
+def _parse_encoding_name(name: str) -> str:
+    return parse_encoding(name).name
+
+
+class CacheIdentity(Record):
+    """Everything that changes the bytes of a cache, and nothing else."""
+
+    target_config_digest: str
+    target_weights_digest: str
+    tokenizer_digest: str
+    chat_template_digest: str
+    data_digest: str
+    layers: Annotated[tuple[int, ...], AfterValidator(_parse_layers)]
+    encoding: Annotated[str, AfterValidator(_parse_encoding_name)]
+    dtype: str
+    attn_implementation: str
+    max_length: Annotated[int, Field(ge=1)]
+    overlong: Literal["truncate", "drop"]
+    supervise: Literal["all", "last"]
+    min_supervised_tokens: Count
+    validation_fraction: Annotated[float, Field(ge=0, le=1)]
+    max_batch_tokens: Annotated[int, Field(ge=1)]
+    shard_bytes: Annotated[int, Field(ge=1)]
+
+    def digest(self) -> str:
+        """Hexadecimal sha256 over the format version and every field."""
+        fields = {"format_version": FORMAT_VERSION, **self.model_dump(mode="json")}
+        return hashlib.sha256(canonical_json(fields)).hexdigest()
+
+    def differences(self, other: "CacheIdentity") -> list[str]:
+        """One line for each field in which this cache's identity is not the one that a run wants."""
+        return [
+            f"{name}: cache has {getattr(self, name)!r}, this run has {getattr(other, name)!r}"
+            for name in type(self).model_fields
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+
+def check_identity(cache_identity: CacheIdentity, wanted: CacheIdentity, *, where: str | Path) -> None:
+    """Refuse a cache that was made from other inputs, naming each field that differs."""
+    differences = cache_identity.differences(wanted)
+    if differences:
+        lines = "".join(f"\n  {line}" for line in differences)
+        raise CacheIdentityError(
+            f"{where}: the cache was made from other inputs:{lines}\n"
+            "Set these back, or name another cache directory and extract again."
+        )
+
+
+class CacheHeader(Record):
+    """What the extractor knows about a cache before the first sample: the input of a plan."""
+
+    identity: CacheIdentity
+    hidden_size: Annotated[int, Field(ge=1)]
+    num_target_layers: Annotated[int, Field(ge=1)]
+    vocab_size: Annotated[int, Field(ge=1)]
+    mask_token_id: Count
+    logit_scale: float | None
+    logit_softcap: float | None
+    provenance: dict[str, str]
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        if self.identity.layers[-1] >= self.num_target_layers:
+            raise ValueError(f"layers {self.identity.layers} reach past the target's {self.num_target_layers} blocks")
+        return self
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the states are stored."""
+        return parse_encoding(self.identity.encoding)
+
+    @property
+    def token_bytes(self) -> int:
+        """Payload bytes of one token."""
+        return bytes_per_token(
+            num_layers=len(self.identity.layers), hidden_size=self.hidden_size, encoding=self.identity.encoding
+        )
+
+
+class FileRecord(Record):
+    """What a file of the plan must be."""
+
+    num_bytes: Count
+    crc32c: Crc32c
+
+
+class SplitCounts(Record):
+    """Totals of one split."""
+
+    num_samples: Count
+    num_tokens: Count
+    num_supervised: Count
+
+
+class PlanSummary(Record):
+    """Totals of the plan; ``payload_bytes`` counts states only, without padding and metadata."""
+
+    num_samples: Count
+    num_tokens: Count
+    num_supervised: Count
+    num_shards: Annotated[int, Field(ge=1)]
+    payload_bytes: Count
+    splits: dict[Split, SplitCounts]
+    dropped: dict[str, Count]
+
+
+class Manifest(SealedRecord):
+    """``manifest.json``."""
+
+    format: Literal["dspark-cache"]
+    layer_convention: str
+    last_state_convention: str
+    header: CacheHeader
+    plan: PlanSummary
+    plan_digest: Sha256
+    files: dict[str, FileRecord]
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        names = {layout.parse_plan_file(name) for name in self.files}
+        samples = {layout.samples_name(shard) for shard in range(min(self.plan.num_shards, len(names)))}
+        others = {name for name in names if not name.startswith(f"{layout.TARGET}/")}
+        if others != samples | {layout.INDEX} or len(samples) != self.plan.num_shards:
+            raise ValueError(f"files do not name the index and {self.plan.num_shards} samples files")
+        return self
+
+    @property
+    def identity(self) -> CacheIdentity:
+        """What the cache is keyed on."""
+        return self.header.identity
+
+
+def digest_plan(identity: CacheIdentity, token_digests: list[str]) -> str:
+    """sha256 over the identity and each shard's token digest, in order: equal exactly if the payload must be equal."""
+    lines = ["dspark-cache plan", identity.digest(), *token_digests]
+    return hashlib.sha256("\n".join(lines).encode("ascii")).hexdigest()
+
+
+def seal_manifest(
+    header: CacheHeader, plan: PlanSummary, *, plan_digest: str, files: Mapping[str, FileRecord]
+) -> Manifest:
+    """The manifest of a finished plan."""
+    return Manifest.seal(
+        format="dspark-cache",
+        layer_convention=LAYER_CONVENTION,
+        last_state_convention=LAST_STATE_CONVENTION,
+        header=header,
+        plan=plan,
+        plan_digest=plan_digest,
+        files=dict(files),
+    )
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read and check ``manifest.json``; the error says whether there is no cache, or none that is readable."""
+    where = root / layout.MANIFEST
+    if not root.is_dir():
+        raise CacheNotFoundError(f"{root}: is not a directory, so no cache is here; run extract, or check the path")
+    try:
+        data = read_inside(root, layout.MANIFEST)
+    except FileNotFoundError as error:
+        raise CacheNotFoundError(
+            f"{where}: not found, so this is not a planned cache; run extract, or check the path"
+        ) from error
+    manifest = Manifest.parse(data, where=str(where))
+    conventions = (manifest.layer_convention, manifest.last_state_convention)
+    if conventions != (LAYER_CONVENTION, LAST_STATE_CONVENTION):
+        raise CacheFormatError(f"{where}: states other conventions than this code keeps: {conventions}")
+    return manifest

@@ -1,0 +1,123 @@
+"""The plan of a cache: which sample lies in which shard at which row, fixed before the target runs.
+
+``CachePlan.write`` streams samples into shards and publishes the manifest last; a directory without a manifest is not
+planned. ``CachePlan.read`` gives the plan back to whoever computes shards. Everything here is a pure function of the
+samples and the header, so the bytes of a cache do not depend on who computed which shard.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage import layout
+from storage.commit import PlannedShard, plan_shard, seal_commit
+from storage.errors import CacheCorruptError, CacheUsageError
+from storage.files import crc32c_hex, read_inside
+from storage.index import PlanIndex, parse_index
+from storage.manifest import CacheHeader, Manifest, read_manifest
+from storage.plan_files import publish_plan
+from storage.samples import PlannedSample, parse_samples
+from storage.zarr_array import group_metadata
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CachePlan:
+    """A published plan: the manifest, the index columns, and the samples of each shard on demand."""
+
+    path: Path
+    manifest: Manifest
+    index: PlanIndex
+
+    @classmethod
+    def write(
+        cls,
+        path: str | os.PathLike[str],
+        samples: Iterable[PlannedSample],
+        *,
+        header: CacheHeader,
+        write_target: Callable[[Path], None] | None = None,
+        dropped: Callable[[], Mapping[str, int]] | None = None,
+    ) -> "CachePlan":
+        """Plan a cache in a new or empty directory, or in one whose planning was interrupted.
+
+        ``samples`` are in source order; one shard of them is in memory at a time. ``write_target`` puts the target's
+        files into the directory that it is given. ``dropped`` is asked once all samples are seen: reason -> count.
+        Raises CacheExistsError for a directory that is already planned or that holds files of somebody else.
+        """
+        root = Path(path)
+        publish_plan(root, samples, header=header, write_target=write_target, dropped=dropped)
+        return cls.read(root)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "CachePlan":
+        """Read a published plan. Raises CacheNotFoundError where there is none."""
+        root = Path(path)
+        manifest = read_manifest(root)
+        index = parse_index(read_recorded(root, layout.INDEX, manifest), manifest.plan, where=str(root / layout.INDEX))
+        return cls(path=root, manifest=manifest, index=index)
+
+    @property
+    def header(self) -> CacheHeader:
+        """What the plan was made with."""
+        return self.manifest.header
+
+    @property
+    def num_shards(self) -> int:
+        """Number of planned shards."""
+        return self.manifest.plan.num_shards
+
+    @property
+    def target_dir(self) -> Path:
+        """The target's files."""
+        return self.path / layout.TARGET
+
+    def read_samples(self, shard: int) -> list[PlannedSample]:
+        """Samples of a shard in the order in which their rows must be appended. Checks size and crc32c of the file."""
+        return read_shard_samples(self.path, self.manifest, self.index, shard)
+
+    def planned_shard(self, shard: int) -> PlannedShard:
+        """Sizes and arrays of one shard."""
+        if not 0 <= shard < self.num_shards:
+            raise CacheUsageError(f"{self.path}: there is no shard {shard}; the plan has {self.num_shards}")
+        return plan_shard(self.path, self.manifest, self.index, shard)
+
+    def bytes_on_disk(self, shards: Iterable[int] | None = None) -> int:
+        """Exact size of the files that these shards (default: all) will have, in bytes, record included.
+
+        Excluded samples add to a record, which is not foreseen.
+        """
+        wanted = range(self.num_shards) if shards is None else shards
+        return sum(_shard_file_bytes(self.planned_shard(shard)) for shard in wanted)
+
+    def plan_file_bytes(self) -> int:
+        """Size of the plan itself: manifest, index, samples and target files, in bytes."""
+        return len(self.manifest.render()) + sum(record.num_bytes for record in self.manifest.files.values())
+
+
+def read_recorded(root: Path, name: str, manifest: Manifest) -> bytes:
+    """Read a file of the plan and hold it against the manifest."""
+    record = manifest.files[name]
+    try:
+        data = read_inside(root, name, num_bytes=record.num_bytes)
+    except FileNotFoundError as error:
+        raise CacheCorruptError(f"{root / name}: is named in {layout.MANIFEST}, but is gone") from error
+    if (found := crc32c_hex(data)) != record.crc32c:
+        raise CacheCorruptError(
+            f"{root / name}: has crc32c {found}, {layout.MANIFEST} says {record.crc32c}; the file is damaged"
+        )
+    return data
+
+
+def read_shard_samples(root: Path, manifest: Manifest, index: PlanIndex, shard: int) -> list[PlannedSample]:
+    """Samples of one shard, checked against the manifest and the index."""
+    name = layout.samples_name(shard)
+    return parse_samples(read_recorded(root, name, manifest), index, shard, where=str(root / name))
+
+
+def _shard_file_bytes(planned: PlannedShard) -> int:
+    record = seal_commit(
+        planned, token_digest="0" * 64, chunk_crc32c=[["0" * 8] * spec.num_chunks for spec in planned.arrays]
+    )
+    arrays = sum(spec.file_bytes + len(spec.metadata()) for spec in planned.arrays)
+    return arrays + len(group_metadata()) + len(record.render())

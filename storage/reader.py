@@ -1,0 +1,285 @@
+"""Reading a complete cache: a sequence of samples whose states are views of mapped files.
+
+Opening reads the manifest, the index and the names in commits/. A shard's record, tokens and files are opened when its
+first sample is asked for, in each process on its own, so a reader survives fork, spawn, pickling and threads; nothing
+is ever written, and any number of readers may use one cache.
+"""
+
+import operator
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from storage.commit import CommitRecord, list_commits, plan_shard, read_commit, remedy
+from storage.errors import CacheCorruptError, CacheIncompleteError, CacheUsageError
+from storage.manifest import SPLITS, CacheIdentity, Manifest, Split
+from storage.mounts import is_network_path
+from storage.plan import CachePlan, read_shard_samples
+from storage.samples import ShardTokens, concatenate
+from storage.shard_files import ShardArray, open_arrays
+
+Io = Literal["auto", "mmap", "pread"]
+Checks = Literal["touch", "size"]
+
+# Open shards a process keeps: two files and two mappings each, well under the usual limit of 1,024 open files.
+MAX_OPEN_SHARDS = 128
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """One sample of T tokens with the target's states for L layers of size D.
+
+    Tensors of states may be views of a private mapping: writing to them never reaches the file, but is seen by later
+    reads of the same rows in this process.
+    """
+
+    input_ids: torch.Tensor  # [T] int32
+    loss_mask: torch.Tensor  # [T] uint8
+    hidden_states: torch.Tensor  # [T, L, D]
+    last_hidden_states: torch.Tensor  # [T, D]
+    num_tokens: int
+    sample_id: int
+    split: Split
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _OpenShard:
+    tokens: ShardTokens
+    hidden: ShardArray
+    last: ShardArray
+
+
+@dataclass(kw_only=True, eq=False)
+class _State:
+    """What one process has open."""
+
+    pid: int = field(default_factory=os.getpid)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    shards: OrderedDict[int, _OpenShard] = field(default_factory=OrderedDict)
+
+
+class CacheReader(Sequence[Sample]):
+    """The samples of a complete cache in plan order, without the excluded ones.
+
+    ``layers``: stored layer ids to return, ascending (default: all). ``io``: map files, read them with large requests,
+    or choose by file system. ``checks``: "touch" compares each inner chunk's crc32c when this process first needs it,
+    "size" trusts file sizes. Raises CacheNotFoundError, CacheIncompleteError or another CacheError.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        layers: Iterable[int] | None = None,
+        io: Io = "auto",
+        checks: Checks = "touch",
+    ) -> None:
+        if io not in ("auto", "mmap", "pread") or checks not in ("touch", "size"):
+            raise CacheUsageError(f"io is auto, mmap or pread, got {io!r}; checks is touch or size, got {checks!r}")
+        self._plan = CachePlan.read(path)
+        self._layers = _parse_layers(layers, self._plan)
+        self._selection = _plan_selection([self.identity.layers.index(layer) for layer in self._layers])
+        self._io: Io = io
+        self._checks: Checks = checks
+        self._mapped = io == "mmap" or (io == "auto" and not is_network_path(self._plan.path))
+        self._markers = _check_complete(self._plan)
+        self._rows = _kept_rows(self._plan, self._markers)
+        self._state = _State()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: SupportsIndex) -> Sample:  # type: ignore[override]
+        row, opened, tokens = self._locate(index)
+        columns = self._plan.index
+        return Sample(
+            input_ids=torch.from_numpy(opened.tokens.input_ids[tokens].copy()),
+            loss_mask=torch.from_numpy(opened.tokens.loss_mask[tokens].copy()),
+            hidden_states=self._select(opened.hidden.read(tokens.start, tokens.stop)),
+            last_hidden_states=opened.last.read(tokens.start, tokens.stop),
+            num_tokens=tokens.stop - tokens.start,
+            sample_id=int(columns.sample_ids[row]),
+            split=SPLITS[columns.split_codes[row]],
+        )
+
+    def read_tokens(self, index: SupportsIndex) -> tuple[torch.Tensor, torch.Tensor]:
+        """``input_ids`` [T] int32 and ``loss_mask`` [T] uint8 of a sample, without touching its states."""
+        _, opened, tokens = self._locate(index)
+        return (
+            torch.from_numpy(opened.tokens.input_ids[tokens].copy()),
+            torch.from_numpy(opened.tokens.loss_mask[tokens].copy()),
+        )
+
+    def _locate(self, index: SupportsIndex) -> tuple[int, _OpenShard, slice]:
+        """Row of the index, the open shard, and the sample's token rows in it."""
+        position = operator.index(index)
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"sample {position} of a cache with {len(self)} samples")
+        columns = self._plan.index
+        row = int(self._rows[position])
+        start = int(columns.token_offsets[row])
+        return row, self._open_shard(int(columns.shards[row])), slice(start, start + int(columns.num_tokens[row]))
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path, tuple[int, ...], Io, Checks]]:
+        return type(self), (self._plan.path, self._layers, self._io, self._checks)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything open in this process; the reader opens again when it is used again."""
+        self._state = _State()
+
+    @property
+    def path(self) -> Path:
+        """The cache directory."""
+        return self._plan.path
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest, with totals of the plan (excluded samples included)."""
+        return self._plan.manifest
+
+    @property
+    def identity(self) -> CacheIdentity:
+        """What the cache is keyed on."""
+        return self.manifest.identity
+
+    @property
+    def target_dir(self) -> Path:
+        """The target's config, tokenizer and head."""
+        return self._plan.target_dir
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layer ids along axis 1 of ``hidden_states``."""
+        return self._layers
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.manifest.header.hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the states."""
+        return self.manifest.header.encoding.torch_dtype
+
+    @property
+    def sample_ids(self) -> npt.NDArray[np.int64]:
+        """Sample id of each sample [len(self)]; the columns below are aligned with it."""
+        return self._plan.index.sample_ids[self._rows]
+
+    @property
+    def num_tokens(self) -> npt.NDArray[np.int32]:
+        """Tokens of each sample."""
+        return self._plan.index.num_tokens[self._rows]
+
+    @property
+    def num_supervised(self) -> npt.NDArray[np.int32]:
+        """Supervised tokens of each sample."""
+        return self._plan.index.num_supervised[self._rows]
+
+    @property
+    def shards(self) -> npt.NDArray[np.int32]:
+        """The shard that each sample lies in."""
+        return self._plan.index.shards[self._rows]
+
+    @property
+    def splits(self) -> npt.NDArray[np.str_]:
+        """The split of each sample, "train" or "validation"."""
+        return np.array(SPLITS)[self._plan.index.split_codes[self._rows]]
+
+    def split_indices(self, split: Split) -> npt.NDArray[np.int64]:
+        """Indices into this sequence of the samples of one split, ascending."""
+        if split not in SPLITS:
+            raise CacheUsageError(f"split is one of {SPLITS}, got {split!r}")
+        return np.flatnonzero(self._plan.index.split_codes[self._rows] == SPLITS.index(split))
+
+    def _open_shard(self, shard: int) -> _OpenShard:
+        state = self._state
+        if state.pid != os.getpid():  # a forked child: it must not share a lock or the list of checked chunks
+            state = self._state = _State()
+        with state.lock:
+            opened = state.shards.pop(shard, None)
+            if opened is None:
+                opened = self._read_shard(shard)
+            state.shards[shard] = opened
+            while len(state.shards) > MAX_OPEN_SHARDS:
+                state.shards.popitem(last=False)
+            return opened
+
+    def _read_shard(self, shard: int) -> _OpenShard:
+        plan = self._plan
+        planned = plan_shard(plan.path, plan.manifest, plan.index, shard)
+        record = read_commit(planned, has_marker=shard in self._markers)
+        tokens = concatenate(read_shard_samples(plan.path, plan.manifest, plan.index, shard))
+        if tokens.digest != record.token_digest:
+            raise CacheCorruptError(
+                f"{plan.path}: shard {shard} was computed from other tokens than the plan has; {remedy(shard)}"
+            )
+        hidden, last = open_arrays(planned, record, mapped=self._mapped, check=self._checks == "touch")
+        return _OpenShard(tokens=tokens, hidden=hidden, last=last)
+
+    def _select(self, hidden_TLD: torch.Tensor) -> torch.Tensor:
+        """Keep the wanted layers: a view where their places are evenly spaced, else a copy."""
+        if isinstance(self._selection, slice):
+            return hidden_TLD[:, self._selection]
+        return hidden_TLD.index_select(1, self._selection)
+
+
+def _parse_layers(layers: Iterable[int] | None, plan: CachePlan) -> tuple[int, ...]:
+    stored = plan.header.identity.layers
+    if layers is None:
+        return stored
+    wanted = tuple(operator.index(layer) for layer in layers)
+    if not wanted or list(wanted) != sorted(set(wanted)) or not set(wanted) <= set(stored):
+        raise CacheUsageError(f"{plan.path}: layers must be ascending and among the stored {stored}, got {wanted}")
+    return wanted
+
+
+def _plan_selection(places: Sequence[int]) -> slice | torch.Tensor:
+    step = places[1] - places[0] if len(places) > 1 else 1
+    if list(places) == list(range(places[0], places[-1] + 1, step)):
+        return slice(places[0], places[-1] + 1, step)
+    return torch.tensor(places)
+
+
+def _check_complete(plan: CachePlan) -> frozenset[int]:
+    """Shards with a marker of excluded samples; an error unless exactly the planned shards are committed."""
+    commits, markers = list_commits(plan.path)
+    missing = sorted(set(range(plan.num_shards)) - commits)
+    if missing:
+        raise CacheIncompleteError(
+            f"{plan.path}: {len(missing)} of {plan.num_shards} shards are missing (first: {missing[0]}); "
+            "run the same extract command again to finish it"
+        )
+    foreign = sorted((commits | markers) - set(range(plan.num_shards)))
+    if foreign:
+        raise CacheCorruptError(f"{plan.path}: has records of shards that are not planned: {foreign[:5]}; delete them")
+    return frozenset(markers)
+
+
+def _kept_rows(plan: CachePlan, markers: frozenset[int]) -> npt.NDArray[np.int64]:
+    """Rows of the index whose samples are not excluded."""
+    kept = np.ones(len(plan.index.sample_ids), dtype=np.bool_)
+    for shard in sorted(markers):
+        record = read_commit(plan.planned_shard(shard), has_marker=True)
+        rows = plan.index.shard_rows(shard)
+        kept[rows.start : rows.stop] &= ~np.isin(plan.index.sample_ids[rows.start : rows.stop], excluded_ids(record))
+    return np.flatnonzero(kept)
+
+
+def excluded_ids(record: CommitRecord) -> npt.NDArray[np.int64]:
+    """Sample ids that a record excludes."""
+    return np.array([sample.sample_id for sample in record.excluded], dtype=np.int64)

@@ -1,0 +1,156 @@
+"""Computing a cache: one writer owns one shard at a time and publishes it whole.
+
+    temporary directory -> rows -> sync files and directories -> rename -> commit record
+
+Each arrow is a point at which the process may die: what is left is either a temporary, or a shard without a record,
+and the next writer of that shard removes both. Any number of writers may work on different shards of one cache.
+"""
+
+import os
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from storage import layout
+from storage.commit import ExcludedSample, list_commits, seal_commit
+from storage.errors import CacheUsageError
+from storage.faults import fault_point
+from storage.files import disk_errors, sync_directory, write_atomic, write_durable
+from storage.plan import CachePlan
+from storage.samples import digest_tokens
+from storage.temps import remove_stale_temps, remove_tree, temp_path
+from storage.zarr_array import ArrayWriter, group_metadata
+
+
+class CacheWriter:
+    """Writes the shards of a planned cache. Raises CacheNotFoundError where no plan is published."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.plan = CachePlan.read(path)
+        self.path = self.plan.path
+        directories = [self.path / layout.SHARDS, self.path / layout.COMMITS]
+        for directory in directories:
+            directory.mkdir(exist_ok=True)
+        remove_stale_temps([self.path, *directories])
+
+    def missing_shards(self) -> list[int]:
+        """Planned shards without a commit, ascending."""
+        return sorted(set(range(self.plan.num_shards)) - list_commits(self.path)[0])
+
+    def shard(self, shard: int) -> "ShardWriter":
+        """The context in which a missing shard is written; leaving it without an exception publishes the shard."""
+        return ShardWriter(self.plan, shard)
+
+
+class ShardWriter:
+    """One shard being written. T tokens, L stored layers, D hidden size. Not for use by two threads at once."""
+
+    def __init__(self, plan: CachePlan, shard: int) -> None:
+        self._planned = plan.planned_shard(shard)
+        self._samples = plan.read_samples(shard)
+        self._final = plan.path / layout.shard_name(shard)
+        self._commit = plan.path / layout.commit_name(shard)
+        self._marker = plan.path / layout.excluded_name(shard)
+        self._temp = temp_path(self._final)
+        self._arrays: list[ArrayWriter] = []
+        self._excluded: dict[int, ExcludedSample] = {}
+
+    def __enter__(self) -> "ShardWriter":
+        if self._commit.exists():
+            raise CacheUsageError(f"{self._commit}: the shard is already committed; compute only the missing shards")
+        try:
+            with disk_errors(self._temp):
+                self._temp.mkdir()
+                write_durable(self._temp / layout.group_metadata_name(), group_metadata())
+                for spec in self._planned.arrays:
+                    self._arrays.append(ArrayWriter(self._temp, spec))
+        except BaseException:
+            self._discard()
+            raise
+        fault_point("shard.opened")
+        return self
+
+    def append(self, hidden_states: torch.Tensor, last_hidden_states: torch.Tensor) -> None:
+        """Write the next rows in plan order: [T, L, D] and [T, D], of one sample or of several concatenated.
+
+        Tensors of another dtype are converted to the encoding's; look for values that are not finite after that.
+        """
+        if len(hidden_states) != len(last_hidden_states):
+            raise CacheUsageError(
+                f"{self._final}: {len(hidden_states)} rows of hidden_states, but {len(last_hidden_states)} last ones"
+            )
+        tensors = (hidden_states, last_hidden_states)
+        rows = [_row_bytes(array, tensor) for array, tensor in zip(self._arrays, tensors, strict=True)]
+        for array, data in zip(self._arrays, rows, strict=True):
+            array.append(data)
+        fault_point("shard.appended")
+
+    def exclude(self, sample_id: int, reason: str, layer: int | None = None) -> None:
+        """Quarantine a sample of this shard: its rows are still to be appended, but no reader will return it."""
+        if all(sample.sample_id != sample_id for sample in self._samples):
+            raise CacheUsageError(f"{self._final}: sample {sample_id} is not in this shard, so it cannot be excluded")
+        self._excluded[sample_id] = ExcludedSample(sample_id=sample_id, reason=reason, layer=layer)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._publish()
+        finally:
+            self._discard()
+
+    def _publish(self) -> None:
+        for array in self._arrays:
+            array.finish()
+        fault_point("shard.written")
+        for array in self._arrays:
+            array.sync()
+        sync_directory(self._temp)
+        fault_point("shard.synced")
+        self._rename()
+        self._publish_commit()
+
+    def _rename(self) -> None:
+        """Give the shard its name. What lies there without a record was left by a crash between rename and commit."""
+        if self._final.exists():
+            grave = temp_path(self._final)
+            self._final.rename(grave)
+            remove_tree(grave)
+        with disk_errors(self._final):
+            self._temp.rename(self._final)
+        fault_point("shard.renamed")
+        sync_directory(self._final.parent)
+        fault_point("shard.published")
+
+    def _publish_commit(self) -> None:
+        record = seal_commit(
+            self._planned,
+            token_digest=digest_tokens(self._samples),
+            chunk_crc32c=[array.chunk_crc32c for array in self._arrays],
+            excluded=list(self._excluded.values()),
+        )
+        self._marker.unlink(missing_ok=True)
+        if record.excluded:
+            write_durable(self._marker, b"")
+        sync_directory(self._marker.parent)
+        fault_point("commit.marker")
+        write_atomic(self._commit, record.render(), fault="commit.written")
+        fault_point("commit.renamed")
+
+    def _discard(self) -> None:
+        for array in self._arrays:
+            array.close()
+        remove_tree(self._temp)
+
+
+def _row_bytes(array: ArrayWriter, tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """Check the shape and give the contiguous bytes of the rows in the array's encoding."""
+    spec = array.spec
+    if tuple(tensor.shape[1:]) != spec.row_shape:
+        expected = ", ".join(map(str, spec.row_shape))
+        raise CacheUsageError(f"{spec.name}: expected rows [T, {expected}], got {list(tensor.shape)}")
+    rows = tensor.detach().to(device="cpu", dtype=spec.encoding.torch_dtype).contiguous()
+    return rows.reshape(-1).view(torch.uint8).numpy()

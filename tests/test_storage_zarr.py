@@ -1,0 +1,178 @@
+"""The arrays on disk, byte for byte and through the eyes of two independent Zarr readers."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import torch
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import storage
+from storage import CachePlan, CacheReader, CacheUsageError, bytes_per_token, verify_cache
+from storage.encodings import ENCODINGS
+from storage.zarr_array import ArraySpec, ArrayWriter
+from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, make_header, make_samples, plan_cache, states_of
+
+FORMAT = Path(storage.__file__).with_name("FORMAT.md").read_text()
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().view(torch.uint16 if tensor.dtype == torch.bfloat16 else tensor.dtype).numpy()
+
+
+def read_tensorstore(path: Path) -> np.ndarray:
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
+    return tensorstore.open(spec, read=True).result().read().result()
+
+
+@pytest.mark.parametrize("encoding", sorted(ENCODINGS))
+def test_zarr_python_and_tensorstore_read_the_same_arrays(tmp_path: Path, encoding: str) -> None:
+    """Shards of more than one inner chunk, the last one ragged."""
+    header = make_header(encoding=encoding, shard_bytes=1 << 20)
+    lengths = [300, 256, 40]
+    cache = make_cache(tmp_path / "cache", lengths, header)
+    samples = CachePlan.read(cache).read_samples(0)
+    expected = [torch.cat(parts) for parts in zip(*(states_of(sample, header) for sample in samples), strict=True)]
+    group = zarr.open_group(cache / "shards/00000.zarr", mode="r")
+    for name, tensor in zip(("hidden_states", "last_hidden_states"), expected, strict=True):
+        assert np.array_equal(group[name][:], bits(tensor))
+        assert np.array_equal(group[name][290:310], bits(tensor[290:310]))
+        assert np.array_equal(read_tensorstore(cache / f"shards/00000.zarr/{name}"), bits(tensor))
+    logical = group["hidden_states"].attrs.get("logical_dtype")
+    assert logical == ("bfloat16" if encoding == "bf16" else None)
+    assert group["hidden_states"].attrs["layers"] == [-1, 1, 3]
+    check_samples(CacheReader(cache), lengths)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    encoding=st.sampled_from(sorted(ENCODINGS)),
+    row_shape=st.lists(st.integers(1, 3), min_size=1, max_size=2).map(tuple),
+    pieces=st.lists(st.integers(0, 300), min_size=1, max_size=5).filter(sum),
+    seed=st.integers(0, 1 << 30),
+)
+def test_any_sequence_of_appends_reads_back(
+    tmp_path_factory: pytest.TempPathFactory, encoding: str, row_shape: tuple[int, ...], pieces: list[int], seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("array")
+    names = ("token", "layer", "hidden")[: 1 + len(row_shape)]
+    spec = ArraySpec(
+        name="a", num_tokens=sum(pieces), row_shape=row_shape, dimension_names=names, encoding=ENCODINGS[encoding]
+    )
+    data = np.random.default_rng(seed).integers(0, 256, spec.payload_bytes).astype(np.uint8)
+    writer = ArrayWriter(folder, spec)
+    for piece in np.split(data, np.cumsum(pieces)[:-1] * spec.row_bytes):
+        writer.append(piece)
+    writer.finish()
+    writer.sync()
+    writer.close()
+    assert os.path.getsize(folder / spec.data_name) == spec.file_bytes
+    assert (folder / spec.data_name).read_bytes()[: data.size] == data.tobytes()
+    stored = zarr.open_array(folder / "a", mode="r")[:]
+    assert stored.shape == (spec.num_tokens, *row_shape)
+    assert stored.tobytes() == data.tobytes()
+    assert read_tensorstore(folder / "a").tobytes() == data.tobytes()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    shard_tokens=st.integers(1, 100),
+    encoding=st.sampled_from(sorted(ENCODINGS)),
+    io=st.sampled_from(["mmap", "pread"]),
+    layers=st.sampled_from([None, (-1,), (1, 3), (-1, 3), (-1, 1, 5), (5,)]),
+)
+def test_any_cache_round_trips(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    shard_tokens: int,
+    encoding: str,
+    io: str,
+    layers: tuple[int, ...] | None,
+) -> None:
+    token = bytes_per_token(num_layers=4, hidden_size=8, encoding=encoding)
+    header = make_header(encoding=encoding, layers=(-1, 1, 3, 5), shard_bytes=shard_tokens * token)
+    cache = make_cache(tmp_path_factory.mktemp("cache") / "c", lengths, header)
+    check_samples(CacheReader(cache, layers=layers, io=io), lengths)
+    plan = CachePlan.read(cache)
+    assert all(
+        plan.index.shard_tokens[shard] <= shard_tokens or len(plan.index.shard_rows(shard)) == 1
+        for shard in range(plan.num_shards)
+    )
+    assert plan.bytes_on_disk() + plan.plan_file_bytes() == sum(map(len, files_of(cache).values()))
+
+
+# sha256 of every file of the example whose bytes do not depend on the pyarrow release: they must never change
+# while format_version is 1.
+GOLDEN = {
+    "commits/00000.json": "?",
+}
+
+
+def write_example(path: Path) -> Path:
+    """The worked example of FORMAT.md: two samples, states that count up in bf16."""
+    header = make_header(layers=(1, 3), hidden_size=4, shard_bytes=1 << 20)
+    plan = plan_cache(path, [2, 3], header)
+    writer = storage.CacheWriter(path)
+    assert [sample.num_tokens for sample in plan.read_samples(0)] == [3, 2]
+    with writer.shard(0) as shard:
+        states = torch.arange(5 * 3 * 4).view(5, 3, 4).to(torch.bfloat16)
+        shard.append(states[:, :2], states[:, 2])
+    return path
+
+
+def test_example_of_the_format_page(tmp_path: Path) -> None:
+    files = files_of(write_example(tmp_path / "cache"))
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if name in GOLDEN}
+    assert hashes == GOLDEN
+    rows = re.findall(r"^\| `([^`]+)` \| ([0-9,]+) \|", FORMAT, flags=re.MULTILINE)
+    assert len(rows) > 5
+    for name, size in rows:
+        assert len(files[name]) == int(size.replace(",", "")), name
+    blocks = re.findall(r"```json\n(.*?)```", FORMAT, flags=re.DOTALL)
+    assert files["commits/00000.json"].decode() in blocks
+    assert files["shards/00000.zarr/hidden_states/zarr.json"].decode() in blocks
+    data = files["shards/00000.zarr/hidden_states/c/0/0/0"]
+    dump = [data[offset : offset + 16].hex(" ") for offset in (0, 4096, len(data) - 20)]
+    for line in dump:
+        assert line in FORMAT
+
+
+def test_samples_and_index_hold_what_the_format_page_says(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    cache = write_example(tmp_path / "cache")
+    assert pq.read_table(cache / "index.parquet").to_pylist() == [
+        {"sample_id": 101, "shard": 0, "token_offset": 0, "num_tokens": 3, "num_supervised": 2, "split": "train"},
+        {"sample_id": 100, "shard": 0, "token_offset": 3, "num_tokens": 2, "num_supervised": 1, "split": "train"},
+    ]
+    row = pq.read_table(cache / "samples/00000.parquet").to_pylist()[0]
+    expected = list(make_samples([2, 3]))[1]
+    assert row == {
+        "sample_id": 101,
+        "source_file": "chats.jsonl",
+        "source_row": 1,
+        "input_ids": expected.input_ids.tolist(),
+        "loss_mask": expected.loss_mask.tolist(),
+    }
+
+
+def test_bytes_depend_on_nothing_but_the_plan(tmp_path: Path) -> None:
+    """Two caches, their shards computed in another order, are equal in every byte."""
+    first = make_cache(tmp_path / "a", exclude=(103,))
+    plan_cache(tmp_path / "b", LENGTHS)
+    fill_cache(tmp_path / "b", [4, 1, 3], exclude=(103,))
+    fill_cache(tmp_path / "b", [2, 0], exclude=(103,))
+    assert files_of(first) == files_of(tmp_path / "b")
+    assert verify_cache(first).ok
+
+
+def test_an_empty_shard_is_refused() -> None:
+    with pytest.raises(CacheUsageError, match="at least one token, got 0"):
+        ArraySpec(name="a", num_tokens=0, row_shape=(1,), dimension_names=("t", "h"), encoding=ENCODINGS["fp32"])
