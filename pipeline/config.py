@@ -51,7 +51,7 @@ def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def parse_config(tables: dict[str, Any], *, where: str) -> Config:
-    """Typed config from TOML tables. Raises ConfigError listing every problem, with the nearest key for unknown ones."""
+    """Typed config from TOML tables. Raises ConfigError listing every problem, unknown keys with the nearest known."""
     try:
         config = Config.model_validate_json(json.dumps(tables, default=str))
     except ValidationError as error:

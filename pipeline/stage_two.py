@@ -15,8 +15,9 @@ from stages.evaluate.cached import CacheEvaluation, evaluate_scores
 from stages.extract.run import configured_identity, describe_inputs
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
 from stages.train.batches import gather_batch, plan_batches
+from stages.train.loop import compute_dtype
 from stages.train.module import SlotScores
-from stages.train.run import TrainResult, compute_dtype, objective_arguments, train
+from stages.train.run import TrainResult, objective_arguments, train
 from storage import CacheIdentity, CacheReader, check_identity
 
 logger = logging.getLogger(__name__)

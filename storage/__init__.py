@@ -13,7 +13,7 @@ from storage.errors import (
     CacheSpaceError,
     CacheUsageError,
 )
-from storage.manifest import CacheHeader, CacheIdentity, Manifest, check_identity
+from storage.manifest import CacheHeader, CacheIdentity, Manifest, Split, check_identity
 from storage.plan import CachePlan
 from storage.reader import CacheReader, Sample
 from storage.samples import PlannedSample
@@ -32,6 +32,7 @@ __all__ = [
     "CacheHeader",
     "CacheIdentity",
     "Manifest",
+    "Split",
     "VerifyReport",
     "Problem",
     "bytes_per_token",

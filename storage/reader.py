@@ -83,7 +83,7 @@ class CacheReader(Sequence[Sample]):
     ) -> None:
         if io not in ("auto", "mmap", "pread") or checks not in ("touch", "size"):
             raise CacheUsageError(f"io is auto, mmap or pread, got {io!r}; checks is touch or size, got {checks!r}")
-        self._plan = CachePlan.read(path)
+        self._plan = CachePlan.read(Path(path).absolute())  # a pickled reader may open elsewhere
         self._layers = _parse_layers(layers, self._plan)
         self._selection = _plan_selection([self.identity.layers.index(layer) for layer in self._layers])
         self._io: Io = io

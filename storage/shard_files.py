@@ -4,6 +4,7 @@ Opening compares metadata and sizes with the plan, so a truncated file is an err
 ``checks="touch"`` each inner chunk's crc32c is compared when its first row is asked for.
 """
 
+import math
 import mmap
 import os
 from pathlib import Path
@@ -85,7 +86,7 @@ class MappedArray(ShardArray):
         finally:
             os.close(fd)
         self._bytes = np.frombuffer(mapping, dtype=np.uint8)
-        count = spec.num_tokens * int(np.prod(spec.row_shape))
+        count = spec.num_tokens * math.prod(spec.row_shape)
         flat = torch.frombuffer(mapping, dtype=spec.encoding.torch_dtype, count=count)
         self._rows = flat.view(spec.num_tokens, *spec.row_shape)
 

@@ -6,6 +6,7 @@ Metadata and index follow from the shape alone, so a reader compares them instea
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class ArraySpec:
     @property
     def row_bytes(self) -> int:
         """Bytes of one token."""
-        return int(np.prod(self.row_shape)) * self.encoding.itemsize
+        return math.prod(self.row_shape) * self.encoding.itemsize
 
     @property
     def chunk_bytes(self) -> int:

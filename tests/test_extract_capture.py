@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny_target import NUM_LAYERS, save_tiny_target
 
 from stages.extract.capture import Capture, find_non_finite, pad_batch
 from stages.extract.self_check import check_batching, check_head
-from stages.extract.target import TargetError, TargetParts, find_parts, load_target
 from stages.extract.settings import TargetSection
-from tiny_target import NUM_LAYERS, save_tiny_target
+from stages.extract.target import TargetError, TargetParts, find_parts, load_target
 
 LAYERS = [-1, 0, 1, 2, 3]
 SHAPE: dict[str, Any] = {
@@ -55,7 +55,9 @@ def test_states_equal_the_models_own(name: str, lengths: list[int]) -> None:
     for place, layer in enumerate(LAYERS[:-1]):  # transformers' entry k+1 is block k's output, but for the last block
         assert torch.equal(captured.hidden_states[:, place], output.hidden_states[layer + 1][real]), layer
     assert torch.equal(captured.last_hidden_states, output.hidden_states[-1][real])
-    assert not torch.equal(captured.hidden_states[:, -1], captured.last_hidden_states), "the last block is before the norm"
+    assert not torch.equal(captured.hidden_states[:, -1], captured.last_hidden_states), (
+        "the last block is before the norm"
+    )
     softcap = getattr(model.config, "final_logit_softcapping", None)
     expected = torch.tanh(logits / softcap) * softcap if softcap else logits
     torch.testing.assert_close(expected, output.logits[real], rtol=1e-5, atol=1e-5)
@@ -64,7 +66,14 @@ def test_states_equal_the_models_own(name: str, lengths: list[int]) -> None:
 def test_a_nested_text_stack_is_found() -> None:
     config = transformers.Gemma3Config(
         text_config=SHAPE | {"sliding_window": 8},
-        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
     )
     model = transformers.Gemma3ForConditionalGeneration(config).eval()
     parts = find_parts(model)

@@ -80,7 +80,9 @@ def test_data_digest_follows_contents_and_not_names(tmp_path: Path) -> None:
 def test_all_four_forms() -> None:
     chat = parse_row({"messages": [QUESTION, ANSWER]})
     assert chat == Chat(messages=[QUESTION, ANSWER])
-    assert parse_row({"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "because"}]}) == chat
+    assert (
+        parse_row({"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "because"}]}) == chat
+    )
     assert parse_row({"conversations": [QUESTION, ANSWER]}) == chat
     assert parse_row({"text": "plain"}) == Text(text="plain")
     tokens = parse_row({"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]})

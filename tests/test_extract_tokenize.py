@@ -27,7 +27,9 @@ OPENS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
-COUNTS_TURNS = "{{ messages | length }} {% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+COUNTS_TURNS = (
+    "{{ messages | length }} {% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+)
 CHAT = Chat(
     messages=[
         {"role": "system", "content": "Be short."},
@@ -73,7 +75,8 @@ def test_only_the_last_turn(template: str | None) -> None:
 def test_markers_that_leave_the_end_of_turn_token_out() -> None:
     tokenizer = make_tokenizer(
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
+        "<|im_end|>\n{% endfor %}"
     )
     assert spans(tokenizer, tokenize(tokenizer, CHAT))[0] == "First answer one.<|im_end|>"
 
@@ -105,7 +108,9 @@ def test_a_template_that_rewrites_history_is_refused_and_not_guessed() -> None:
 
 
 def test_markers_around_everything_are_refused() -> None:
-    everything = make_tokenizer("{% generation %}{% for m in messages %}{{ m['content'] }}{% endfor %}{% endgeneration %}")
+    everything = make_tokenizer(
+        "{% generation %}{% for m in messages %}{{ m['content'] }}{% endfor %}{% endgeneration %}"
+    )
     with pytest.raises(BadRowError, match="all one"):
         tokenize(everything, CHAT)
     nothing = make_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}{% generation %}{% endgeneration %}")

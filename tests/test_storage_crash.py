@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, plan_cache, states_of
 
 from storage import (
     CacheError,
@@ -23,13 +24,11 @@ from storage import (
 )
 from storage.faults import FAULT_VARIABLE, PLAN_FAULTS, SHARD_FAULTS
 from storage.temps import temp_path
-from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, plan_cache, states_of
 
 ROOT = Path(__file__).parent.parent
 RUN = """
 import sys
 from pathlib import Path
-from storage import CacheError, CachePlan
 from storage_cache import LENGTHS, fill_cache, plan_cache
 path = Path(sys.argv[1])
 if not (path / "manifest.json").exists():
@@ -102,9 +101,14 @@ def test_an_error_in_the_body_publishes_nothing_and_comes_back(tmp_path: Path) -
     before = files_of(path)
     writer = CacheWriter(path)
     sample = plan.read_samples(0)[0]
-    with pytest.raises(KeyError, match="forward"), writer.shard(0) as shard:
-        shard.append(*states_of(sample, plan.header))
-        raise KeyError("forward")
+
+    def compute() -> None:
+        with writer.shard(0) as shard:
+            shard.append(*states_of(sample, plan.header))
+            raise KeyError("forward")
+
+    with pytest.raises(KeyError, match="forward"):
+        compute()
     assert files_of(path) == before
     assert not list((path / "shards").iterdir())
     assert writer.missing_shards() == [0, 1, 2, 3, 4]
@@ -187,10 +191,13 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(CacheSpaceError, match="No space left on device; free some space"):
+    def compute() -> None:
         with CacheWriter(path).shard(0) as shard:
             monkeypatch.setattr(files.os, "write", full)
             shard.append(*states)
+
+    with pytest.raises(CacheSpaceError, match="No space left on device; free some space"):
+        compute()
     monkeypatch.undo()
     assert files_of(path) == before
     fill_cache(path)

@@ -7,11 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from storage import CacheCorruptError, CacheError, CacheFormatError, CacheNotFoundError, CachePlan, CacheReader
-from storage import verify_cache
-from storage.sealed import FORMAT_VERSION
 from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, make_header, plan_cache
+
+from storage import (
+    CacheCorruptError,
+    CacheError,
+    CacheFormatError,
+    CacheNotFoundError,
+    CachePlan,
+    CacheReader,
+    verify_cache,
+)
+from storage.sealed import FORMAT_VERSION
 
 EXCLUDED = (103,)
 
@@ -148,7 +155,9 @@ def test_everything_of_two_shards_swapped_is_found(tmp_path: Path) -> None:
     swap(cache, "shards/00000.zarr", "shards/00001.zarr")
     swap(cache, "commits/00000.json", "commits/00001.json")
     assert not verify_cache(cache).ok
-    with pytest.raises(CacheFormatError, match=r"is of another shard or plan: shard 1, planned 0; delete commits/00000"):
+    with pytest.raises(
+        CacheFormatError, match=r"is of another shard or plan: shard 1, planned 0; delete commits/00000"
+    ):
         CacheReader(cache)[0]
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from storage_cache import LENGTHS, files_of, make_header, make_identity, make_samples, plan_cache
 
 from storage import (
     CacheExistsError,
@@ -24,7 +25,6 @@ from storage import (
     plan_batches,
 )
 from storage.sharding import plan_shards
-from storage_cache import LENGTHS, files_of, make_header, make_identity, make_samples, plan_cache
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))
@@ -155,7 +155,9 @@ def test_identity_names_each_field_that_differs() -> None:
     assert cache.digest() == make_identity(layers=(1, 2)).digest() != wanted.digest()
     lines = ["layers: cache has (1, 2), this run has (1, 3)", "max_length: cache has 4096, this run has 2048"]
     assert cache.differences(wanted) == lines
-    with pytest.raises(CacheIdentityError, match=r"(?s)runs/c: .*layers: cache has \(1, 2\).*max_length.*another cache"):
+    with pytest.raises(
+        CacheIdentityError, match=r"(?s)runs/c: .*layers: cache has \(1, 2\).*max_length.*another cache"
+    ):
         check_identity(cache, wanted, where="runs/c")
     check_identity(cache, cache, where="runs/c")
 

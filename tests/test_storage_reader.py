@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from storage_cache import LENGTHS, check_samples, fill_cache, make_cache, make_header, plan_cache, write_target
 
 from storage import CacheReader, CacheUsageError, CacheWriter, mounts, reader
-from storage_cache import LENGTHS, check_samples, fill_cache, make_cache, make_header, plan_cache, write_target
 
 ROOT = Path(__file__).parent.parent
 
@@ -255,5 +255,10 @@ def test_network_file_systems_are_recognised() -> None:
     assert kinds == {"/home": "ext4", "/mnt/share one/c": "nfs4", "/data/c": "fuse.s3fs"}
     assert mounts.find_type(Path("/mnt/share one/disk/c"), lines) == "xfs"
     assert mounts.find_type(Path("/mnt/share ones"), lines) == "ext4"
-    assert [mounts.is_network_type(kind) for kind in ("ext4", "nfs4", "fuse.s3fs", "fuseblk")] == [False, True, True, False]
+    assert [mounts.is_network_type(kind) for kind in ("ext4", "nfs4", "fuse.s3fs", "fuseblk")] == [
+        False,
+        True,
+        True,
+        False,
+    ]
     assert not mounts.is_network_path(Path("/"), mountinfo=Path("/nonexistent"))

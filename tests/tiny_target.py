@@ -16,7 +16,9 @@ HIDDEN_SIZE = 32
 NUM_LAYERS = 4
 
 
-def save_tiny_target(folder: Path, *, seed: int = 0, num_layers: int = NUM_LAYERS, dtype: torch.dtype = torch.bfloat16) -> Path:
+def save_tiny_target(
+    folder: Path, *, seed: int = 0, num_layers: int = NUM_LAYERS, dtype: torch.dtype = torch.bfloat16
+) -> Path:
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=4096,
@@ -45,7 +47,9 @@ def make_chats(count: int) -> list[dict[str, Any]]:
     for index in range(count):
         messages = []
         for turn in range(2 if index % 3 == 0 else 1):
-            answer = " ".join(f"The value {step} of function {index} is {step * index}." for step in range(2 + index % 7))
+            answer = " ".join(
+                f"The value {step} of function {index} is {step * index}." for step in range(2 + index % 7)
+            )
             messages.append({"role": "user", "content": f"What does function {index} do in turn {turn}?"})
             messages.append({"role": "assistant", "content": answer})
         chats.append({"messages": messages})

@@ -2,8 +2,8 @@
 
     python -m pipeline.embedded.answer_questions [--count 3000] [--out pipeline/embedded/conversations.jsonl.gz]
 
-Answers are sampled at temperature 1 from the target's whole distribution, so they are on-policy: what the draft learns to
-propose is what this target says. An answer that does not end within the limit is thrown away.
+Answers are sampled at temperature 1 from the target's whole distribution, so they are on-policy: what the draft learns
+to propose is what this target says. An answer that does not end within the limit is thrown away.
 """
 
 import gzip

@@ -29,9 +29,10 @@ class Pair(NamedTuple):
     answer: str
 
 
-def read_pairs(library: Path = Path(sysconfig.get_paths()["stdlib"]), seed: int = 0) -> list[Pair]:
+def read_pairs(*, seed: int = 0) -> list[Pair]:
     """Every question and answer that the standard library yields, in a fixed order."""
     rng = random.Random(seed)
+    library = Path(sysconfig.get_paths()["stdlib"])
     pairs: list[Pair] = []
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts

@@ -19,15 +19,20 @@ BOOTSTRAP_SEED = 0
 
 
 class SlotScores(Protocol):
-    """Scores of one batch; every field is [N], ordered by block, and within a block by slot."""
+    """Scores of one batch; every property is [N], ordered by block, and within a block by slot."""
 
-    row: Any
-    anchor: Any
-    slot: Any
-    accept_rate: Any
-    top1_agree: Any
-    cross_entropy: Any
-    confidence: Any
+    @property
+    def anchor(self) -> Any: ...
+    @property
+    def slot(self) -> Any: ...
+    @property
+    def accept_rate(self) -> Any: ...
+    @property
+    def top1_agree(self) -> Any: ...
+    @property
+    def cross_entropy(self) -> Any: ...
+    @property
+    def confidence(self) -> Any | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +40,11 @@ class CacheEvaluation:
     """What the held-out split says of a draft.
 
     accept_rate_per_pos  mean over blocks of 1 - ½·‖p_draft - p_target‖₁ at each slot, previous tokens given
-    tau                  mean over blocks of 1 + Σ_k Π_{i<=k} accept rate i: expected tokens a verify round, bonus included
+    tau                  mean over blocks of 1 + Σ_k Π_{i<=k} accept rate i: expected tokens a verify round, with bonus
     tau_low, tau_high    95 % interval of tau, bootstrap over samples
     top1_agreement       share of slots at which draft and target have the same most likely token
     cross_entropy        mean of -log p_draft(token of the data), in nats
-    confidence_ece       Σ_bins share·|mean confidence - mean accept rate|, over 15 bins of equal width; None without head
+    confidence_ece       Σ_bins share·|mean confidence - mean accept rate|, 15 bins of equal width; None without head
     """
 
     num_samples: int

@@ -17,7 +17,7 @@ from stages.extract.target import TargetParts
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedBatch:
-    """States of one batch, unpadded: hidden_states [N, L, D], last_hidden_states [N, D], as they will be stored, on CPU."""
+    """States of one batch, unpadded, as stored and on the CPU: hidden_states [N, L, D], last_hidden_states [N, D]."""
 
     hidden_states: torch.Tensor
     last_hidden_states: torch.Tensor
@@ -35,7 +35,12 @@ class Capture:
         self._parts = parts
         self._layers = tuple(layers)
         self._dtype = dtype
-        self._device = parts.embed_tokens.weight.device
+        self._device = parts.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the target computes in; the captured states may be stored in another dtype."""
+        return self._parts.dtype
 
     @torch.inference_mode()
     def __call__(self, input_ids: Sequence[np.ndarray]) -> CapturedBatch:

@@ -36,7 +36,6 @@ from storage import (
 )
 
 SPACE_MARGIN_BYTES = 64 << 20  # what must stay free beside the cache: logs, checkpoints, the file system's own needs
-STORED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +199,7 @@ def extract(settings: Settings, *, show_price: Callable[[Price, SampleCounts], N
     if missing:
         check_space(settings.cache.path, needed=plan.bytes_on_disk(missing))
         # 3. The target, checked on real samples before anything is computed.
-        capture = Capture(load(), layers=plan.header.identity.layers, dtype=STORED_DTYPES[settings.cache.encoding])
+        capture = Capture(load(), layers=plan.header.identity.layers, dtype=plan.header.encoding.torch_dtype)
         _self_check(capture, parts=load(), samples=plan.read_samples(missing[0]))
         # 4. Shards, one at a time, each committed whole.
         num_excluded = _compute_shards(writer, missing, capture=capture, settings=settings)
@@ -229,8 +228,8 @@ def check_space(path: Path, *, needed: int) -> None:
     free = free_bytes(path)
     if needed + SPACE_MARGIN_BYTES > free:
         raise CacheSpaceError(
-            f"{path}: the cache still needs {needed / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free; use a larger "
-            "disk, fewer cache.layers, a smaller data.max_length or less data"
+            f"{path}: the cache still needs {needed / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free; use a "
+            "larger disk, fewer cache.layers, a smaller data.max_length or less data"
         )
 
 
@@ -331,11 +330,11 @@ class _Progress:
 
     def after_shard(self, shard: int) -> str:
         self._shards += 1
-        rate = self._tokens / (time.monotonic() - self._started)
+        seconds = time.monotonic() - self._started
+        rate = self._tokens / seconds
         eta = time.strftime("%H:%M:%S", time.gmtime((self._total - self._tokens) / rate))
         num_bytes = self._tokens * self._plan.header.token_bytes
         return (
             f"shard {shard:6d}  {self._shards:6d}/{self._num_shards}  {self._tokens:13,d}/{self._total:,d} tokens  "
-            f"{rate:9,.0f} tok/s  {num_bytes / 1e9:9.3f} GB  {num_bytes / 1e6 / (time.monotonic() - self._started):7.1f} MB/s"
-            f"  ETA {eta}"
+            f"{rate:9,.0f} tok/s  {num_bytes / 1e9:9.3f} GB  {num_bytes / 1e6 / seconds:7.1f} MB/s  ETA {eta}"
         )

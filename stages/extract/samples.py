@@ -11,7 +11,7 @@ from stages.extract.conversations import parse_row
 from stages.extract.rows import BadRowError, DataError, Row
 from stages.extract.settings import DataSection
 from stages.extract.tokenize import SampleTokenizer
-from storage import PlannedSample
+from storage import PlannedSample, Split
 
 EXAMPLES_PER_REASON = 3
 MIN_ROWS_TO_JUDGE = 100  # before that many rows the share of bad ones says little, and the verdict waits for the end
@@ -113,8 +113,8 @@ def _plan_sample(
     )
 
 
-def choose_split(input_ids: np.ndarray, loss_mask: np.ndarray, *, validation_fraction: float) -> str:
-    """`validation` or `train`, by a hash of the tokens before the first supervised one (of all, if that is the first)."""
+def choose_split(input_ids: np.ndarray, loss_mask: np.ndarray, *, validation_fraction: float) -> Split:
+    """By a hash of the tokens before the first supervised one; of all tokens, if that is the first."""
     first = int(np.argmax(loss_mask))
     prompt = input_ids[:first] if first else input_ids
     digest = hashlib.blake2b(np.ascontiguousarray(prompt, dtype="<i4").tobytes(), digest_size=8).digest()

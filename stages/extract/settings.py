@@ -37,9 +37,9 @@ class DataSection(Section):
     supervise: Literal["all", "last"] = "all"
     """Which assistant turns the loss mask covers."""
     min_supervised_tokens: int = Field(default=14, ge=2)
-    """Samples with fewer supervised tokens are dropped and counted (two blocks of seven; two tokens make one anchor)."""
+    """Samples with fewer supervised tokens are dropped and counted. Two tokens make one anchor."""
     validation_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
-    """Share of prompts held out; decided by a hash of the prompt's tokens, so equal prompts never straddle the split."""
+    """Share of prompts held out, by a hash of the prompt's tokens: equal prompts are on one side of the split."""
     max_bad_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of unreadable rows above which the run stops."""
     chat_template: Path | None = None
@@ -52,7 +52,7 @@ class CacheSection(Section):
     path: Path
     """The cache's folder."""
     layers: tuple[int, ...] | None = None
-    """Target layers to store, ascending; id k is the output of block k, -1 the embeddings. Default: five, from 1 to N-3."""
+    """Target layers to store, ascending: k is block k's output, -1 the embeddings. Default: five, from 1 to N-3."""
     encoding: Literal["bf16", "fp16", "fp32"] = "bf16"
     """How states are stored."""
     shard_bytes: int = Field(default=512_000_000, ge=1_000_000)

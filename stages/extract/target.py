@@ -18,8 +18,9 @@ from stages.extract.settings import TargetSection
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 CONFIG_KEYS_WITHOUT_MEANING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
-SAMPLED_BYTES_PER_FILE = 64  # pieces of SAMPLE_BYTES each, evenly spread: seconds for any model, whatever its size
-SAMPLE_BYTES = 4096
+SAMPLE_BYTES = (
+    512  # read at the start, the middle and the end of every tensor: seconds for any model, whatever its size
+)
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "final_norm", "norm_f")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -108,7 +109,7 @@ def digest_config(config: Any) -> str:
 
 
 def digest_weights(folder: Path) -> str:
-    """sha256 of every safetensors header and of evenly sampled bytes, so that it costs seconds for any model.
+    """sha256 of every safetensors header and of sampled bytes of every tensor, so that it costs seconds for any model.
 
     Raises TargetError when there are no safetensors files or when one of the index's files is missing or cut short.
     """
@@ -143,9 +144,10 @@ def _sample_safetensors(file: Path) -> bytes:
         payload = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         if size != 8 + header_bytes + payload:
             raise TargetError(f"{file}: expected {8 + header_bytes + payload} bytes, got {size}; fetch it again")
-        for piece in range(SAMPLED_BYTES_PER_FILE):
-            stream.seek(8 + header_bytes + payload * piece // SAMPLED_BYTES_PER_FILE)
-            digest.update(stream.read(SAMPLE_BYTES))
+        for begin, end in sorted(entry["data_offsets"] for entry in tensors.values()):
+            for offset in (begin, (begin + end) // 2, max(end - SAMPLE_BYTES, begin)):
+                stream.seek(8 + header_bytes + offset)
+                digest.update(stream.read(min(SAMPLE_BYTES, end - offset)))
     return digest.digest()
 
 
@@ -184,12 +186,24 @@ def choose_mask_token(tokenizer: Any, *, vocab_size: int, wanted: int | None) ->
 class TargetParts:
     """The modules of a loaded target that extraction touches."""
 
-    model: nn.Module
-    decoder: nn.Module
-    blocks: nn.ModuleList
-    embed_tokens: nn.Module
-    final_norm: nn.Module
-    lm_head: nn.Module
+    model: Any
+    decoder: Any
+    blocks: Any
+    embed_tokens: Any
+    final_norm: Any
+    lm_head: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids go."""
+        device: torch.device = self.embed_tokens.weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the target computes in."""
+        dtype: torch.dtype = self.lm_head.weight.dtype
+        return dtype
 
 
 def load_target(folder: Path, *, target: TargetSection, device: torch.device) -> TargetParts:

@@ -1,7 +1,6 @@
 """Chats and texts to token ids and loss mask, by the target's own tokenizer and chat template."""
 
 import re
-from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -90,7 +89,7 @@ class SampleTokenizer:
             if before:
                 opened = self._render(before, row, tokenize=False, add_generation_prompt=True)
                 closed = self._render(before, row, tokenize=False)
-                start = len(commonprefix([opened, text]))
+                start = _common_prefix(opened, text)
                 if start < len(closed.rstrip()):
                     raise BadRowError("chat template rewrites earlier turns; it needs {% generation %} markers")
             upto = self._render(row.messages[: index + 1], row, tokenize=False)
@@ -113,6 +112,12 @@ class SampleTokenizer:
         for start, end in spans[-1:] if self._supervise == "last" else spans:
             mask[start:end] = 1
         return mask
+
+
+def _common_prefix(left: str, right: str) -> int:
+    """Number of characters that both texts begin with."""
+    pairs = zip(left, right, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
 
 
 def _first_line(error: Exception) -> str:

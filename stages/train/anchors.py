@@ -1,4 +1,4 @@
-"""Anchors: which positions of a sample start a block, and which slots of a block are trained (DESIGN section 5).
+"""Anchors: which positions of a sample start a block, and which slots of a block are trained.
 
 Shape suffixes: B rows, S or T tokens, A anchors, K slots.
 """

@@ -34,7 +34,8 @@ def attend_dense(
 ) -> torch.Tensor:
     """Attention output [B, H, Q, E].
 
-    `context` is keys and values [B, G, S, E] of the context, `block` those [B, G, Q, E] of the slots. `mask` is `block_mask`'s; None lets every query see everything, as when one block is decoded.
+    `context` is keys and values [B, G, S, E] of the context, `block` those [B, G, Q, E] of the slots. `mask` is
+    `block_mask`'s; None lets every query see everything, as when one block is decoded.
     """
     key = torch.cat([context[0], block[0]], dim=2)
     value = torch.cat([context[1], block[1]], dim=2)

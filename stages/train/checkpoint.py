@@ -1,12 +1,11 @@
 """Checkpoints of a run: written whole or not at all, resumed exactly, and loadable by `from_pretrained`.
 
 RUN/checkpoints/step_00000300/
-  config.json, model.safetensors   the draft in float32, in the form of DESIGN section 6
+  config.json, model.safetensors   the draft in float32, in the form that servers load
   optimizer.safetensors            AdamW's averages by parameter name, float32
   trainer_state.json               written last: step, what the run was made from, size and crc32c of the other files
 """
 
-import copy
 import json
 import logging
 import os
@@ -76,16 +75,17 @@ def save_checkpoint(
 
 
 def save_draft(folder: Path, *, draft_model: Qwen3DSparkModel, dtype: torch.dtype) -> None:
-    """Write the draft as servers load it, its weights in `dtype`; replaces an older draft in one rename."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    config = copy.deepcopy(draft_model.config)
-    config.dtype = dtype
-    partial.mkdir(parents=True)
-    config.save_pretrained(partial)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in draft_model.state_dict().items()}
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    """Write the draft as servers load it, its weights in `dtype`; whole or not at all. The model is not cast."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    with torch.device("meta"):
+        copy = type(draft_model)(draft_model.config)
+    tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in draft_model.state_dict().items()}
+    copy.load_state_dict(tensors, assign=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    copy.save_pretrained(partial)
     for file in partial.iterdir():
         _fsync(file)
+    _fsync(partial)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)

@@ -1,4 +1,4 @@
-"""The draft's config: a `Qwen3Config` in the target's dimensions, with the fields that servers read (DESIGN section 6).
+"""The draft's config: a `Qwen3Config` in the target's dimensions, with the fields that servers read.
 
 Written by `build_draft_config`, read by `Qwen3DSparkModel` and, from `config.json`, by vLLM, SGLang and TensorRT-LLM.
 """

@@ -12,6 +12,10 @@ from torch import nn
 from transformers import Qwen3Config
 
 
+class LogitBias(nn.Linear):
+    """W2: latents to a bias on the logits. A class of its own, so that initialisation knows it."""
+
+
 class MarkovHead(nn.Module):
     """`vanilla`: latent = W1[x]."""
 
@@ -19,7 +23,7 @@ class MarkovHead(nn.Module):
         super().__init__()
         self.rank = int(config.markov_rank)
         self.markov_w1 = nn.Embedding(config.vocab_size, self.rank)
-        self.markov_w2 = nn.Linear(self.rank, config.vocab_size, bias=False)
+        self.markov_w2 = LogitBias(self.rank, config.vocab_size, bias=False)
 
     def embed(self, prev_tokens: torch.Tensor) -> torch.Tensor:
         """W1[x]: [...] ids to [..., R]."""

@@ -1,6 +1,6 @@
 """The DSpark draft: a few Qwen3 layers that fill a block of K slots at once, looking at the target's hidden states.
 
-Tensor names are those that servers load (DESIGN section 6). `embed_tokens` and `lm_head` are the target's and frozen.
+Tensor names are those that servers load. `embed_tokens` and `lm_head` are the target's and frozen.
 
 Shape suffixes: B rows, S context tokens, L target layers, D hidden, A anchors, K slots, Q = A*K, N any slots,
 V vocabulary, H heads, G key-value heads, E head size.
@@ -8,7 +8,6 @@ V vocabulary, H heads, G key-value heads, E head size.
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, cast
@@ -26,7 +25,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from stages.train.attention import KeyValue, attend_dense, block_mask
 from stages.train.documents import document_bounds
-from stages.train.heads import ConfidenceHead, MarkovHead, build_markov_head
+from stages.train.heads import ConfidenceHead, LogitBias, MarkovHead, build_markov_head
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -126,11 +125,12 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, MarkovHead):
+        if isinstance(module, LogitBias):
             # No bias at first: training starts as DFlash and learns only what the previous token adds. W1 is random,
             # so W2's gradient is not zero.
-            init.zeros_(module.markov_w2.weight)
+            init.zeros_(module.weight)
+        else:
+            super()._init_weights(module)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -144,23 +144,6 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
         super().save_pretrained(save_directory, *args, **kwargs)
         fields = config_fields(self.config)
         (Path(save_directory) / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-
-    def save_draft(self, draft_dir: str | os.PathLike[str], *, dtype: torch.dtype) -> None:
-        """Write the draft in `dtype` for servers; the folder appears whole or not at all. The model is not cast."""
-        final = Path(draft_dir)
-        partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
-        with torch.device("meta"):
-            copy = type(self)(self.config)
-        tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in self.state_dict().items()}
-        copy.load_state_dict(tensors, assign=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        copy.save_pretrained(partial)
-        for path in [*partial.iterdir(), partial]:
-            _fsync(path)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        _fsync(final.parent)
 
     def freeze_target_head(self) -> None:
         """Take the target's embedding and head out of training."""
@@ -179,7 +162,7 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
             own.weight.copy_(given)
 
     def project_context(self, target_hidden_BSX: torch.Tensor) -> torch.Tensor:
-        """The target's layers [B, S, L*D], side by side in ascending id order, as the context [B, S, D] of every layer."""
+        """The target's layers [B, S, L*D], side by side in ascending id order, as every layer's context [B, S, D]."""
         if not torch.is_autocast_enabled(target_hidden_BSX.device.type):
             target_hidden_BSX = target_hidden_BSX.to(self.fc.weight.dtype)
         context_BSD: torch.Tensor = self.hidden_norm(self.fc(target_hidden_BSX))
@@ -273,11 +256,3 @@ def _rotate(states_BHXE: torch.Tensor, rope: Rope) -> torch.Tensor:
     cos_B1XE, sin_B1XE = (part.unsqueeze(1) for part in rope)
     rotated: torch.Tensor = states_BHXE * cos_B1XE + rotate_half(states_BHXE) * sin_B1XE
     return rotated
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

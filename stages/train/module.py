@@ -81,7 +81,7 @@ class SlotScores:
 
 
 class DSparkTrainerModule(nn.Module):
-    """The training objective around a draft model (signature and meaning: DESIGN section 5).
+    """The training objective around a draft model (DSpark, arXiv 2607.05147; signature as in NeMo AutoModel).
 
     `loss_decay_gamma` None weighs all slots alike. An alpha of 0 leaves its term out of the loss, not out of the
     metrics. `num_empty_batches` counts the batches that had no supervised slot; their loss is 0, with zero gradients.

@@ -1,7 +1,7 @@
 """The DSpark objective in its plain form: full logits of the supervised slots, then each term as it is written down.
 
 This is what faster forms are held against, so it stays plain. Only supervised slots have logits: [N, V], never
-[B*A*K, V]. Softmax and losses are float32 whatever the module computes in (DSpark, arXiv 2607.05147; DESIGN section 5).
+[B*A*K, V]. Softmax and losses are float32 whatever the module computes in (DSpark, arXiv 2607.05147).
 
 Shape suffixes: B rows, S tokens, A anchors, K slots, N supervised slots, D hidden, R rank, V vocabulary.
 """

@@ -50,8 +50,11 @@ def plan_schedule(train: TrainSection, *, num_samples: int) -> Schedule:
 
 
 def plan_epoch(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(num_samples), [N] int64, a function of its arguments alone."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(num_samples)
+    """A permutation of range(num_samples), [N] int64, a function of its arguments alone.
+
+    It sorts raw Philox output, which is the same in every version of numpy; `Generator.permutation` need not be.
+    """
+    return np.argsort(np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_samples), kind="stable")
 
 
 def digest_order(sample_ids: np.ndarray) -> str:

@@ -1,0 +1,321 @@
+"""Extraction from end to end on a tiny target: the bytes, the resume, the refusals."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_target import make_chats, make_config, write_jsonl
+
+from pipeline.config import Config, to_toml
+from pipeline.stage_one import settings_of
+from stages.extract import run
+from stages.extract.capture import Capture, pad_batch
+from stages.extract.rows import DataError
+from stages.extract.samples import SampleCounts, choose_split
+from stages.extract.target import TargetError, load_target
+from storage import (
+    CacheIdentityError,
+    CacheIncompleteError,
+    CachePlan,
+    CacheReader,
+    CacheSpaceError,
+    plan_batches,
+    verify_cache,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def extract(config: Config) -> run.ExtractResult:
+    return run.extract(settings_of(config))
+
+
+def digest_tree(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "fp32"])
+def test_the_cache_equals_a_fresh_forward_bit_for_bit(tmp_path: Path, encoding: str) -> None:
+    config = make_config(tmp_path, cache__layers=[-1, 0, 1, 2, 3], cache__encoding=encoding, num_chats=60)
+    plan = extract(config).plan
+    parts = load_target(Path(config.target.model), target=config.target, device=torch.device("cpu"))
+    with CacheReader(config.cache.path) as reader:
+        cached = {reader.sample_ids[index]: reader[index] for index in range(len(reader))}
+        assert plan.num_shards > 1
+        for shard in range(plan.num_shards):
+            samples = plan.read_samples(shard)
+            for batch in plan_batches([sample.num_tokens for sample in samples], config.extract.max_batch_tokens):
+                members = [samples[row] for row in batch]
+                ids_BT, mask_BT = pad_batch([sample.input_ids for sample in members])
+                padded = not bool(mask_BT.all())
+                with torch.inference_mode():
+                    states = parts.model(
+                        input_ids=ids_BT,
+                        attention_mask=mask_BT if padded else None,
+                        use_cache=False,
+                        output_hidden_states=True,
+                    ).hidden_states
+                for row, sample in enumerate(members):
+                    stored = cached[sample.sample_id]
+                    assert stored.input_ids.tolist() == sample.input_ids.tolist()
+                    for place, layer in enumerate([-1, 0, 1, 2]):
+                        fresh = states[layer + 1][row, : sample.num_tokens]
+                        assert torch.equal(stored.hidden_states[:, place].to(fresh.dtype), fresh), (
+                            sample.sample_id,
+                            layer,
+                        )
+                    last = states[-1][row, : sample.num_tokens]
+                    assert torch.equal(stored.last_hidden_states.to(last.dtype), last)
+    assert verify_cache(config.cache.path).ok
+
+
+def test_the_cached_head_gives_the_targets_logits(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    config = make_config(tmp_path)
+    extract(config)
+    parts = load_target(Path(config.target.model), target=config.target, device=torch.device("cpu"))
+    reader = CacheReader(config.cache.path)
+    head = load_file(reader.target_dir / "head.safetensors")
+    sample = reader[0]
+    with torch.inference_mode():
+        expected = parts.model(input_ids=sample.input_ids[None].long()).logits[0]
+    found = sample.last_hidden_states @ head["lm_head.weight"].T
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.98
+    assert torch.equal(head["embed_tokens.weight"], parts.embed_tokens.weight)
+
+
+def test_a_second_run_reuses_the_cache_without_loading_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path)
+    assert extract(config).num_computed_shards > 0
+    before = digest_tree(config.cache.path)
+    monkeypatch.setattr(run.targets, "load_target", lambda *_a, **_k: pytest.fail("the target was loaded"))
+    assert extract(config).num_computed_shards == 0
+    assert digest_tree(config.cache.path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"data__max_length": 64}, "max_length"),
+        ({"cache__layers": [0, 1, 3]}, "layers"),
+        ({"cache__encoding": "fp32"}, "encoding"),
+        ({"data__supervise": "last"}, "supervise"),
+        ({"target__dtype": "float32"}, "dtype"),
+        ({"extract__max_batch_tokens": 256}, "max_batch_tokens"),
+    ],
+)
+def test_another_identity_is_refused_by_name(tmp_path: Path, change: dict[str, Any], field: str) -> None:
+    extract(make_config(tmp_path))
+    with pytest.raises(CacheIdentityError, match=rf"\n  {field}: cache has .*, this run has"):
+        extract(make_config(tmp_path, **change))
+
+
+def test_other_weights_and_other_data_are_another_identity(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    extract(config)
+    weights = Path(config.target.model) / "model.safetensors"
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-2] + b"\x11\x22")
+    with pytest.raises(CacheIdentityError, match="target_weights_digest"):
+        extract(config)
+    weights.write_bytes(original)
+    write_jsonl(Path(config.data.files[0]), make_chats(25))
+    with pytest.raises(CacheIdentityError, match="data_digest"):
+        extract(config)
+
+
+def start(config_file: Path, *, fault: str | None = None) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if fault is not None:
+        environment["DSPARK_FAULT"] = fault
+    command = [sys.executable, "-m", "pipeline.cli", "extract", str(config_file)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_a_killed_extraction_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    """SIGKILL at fault points and at other times; the finished cache is that of an undisturbed run."""
+    undisturbed = make_config(tmp_path, num_chats=90)
+    extract(undisturbed)
+    expected = digest_tree(undisturbed.cache.path)
+    config = make_config(tmp_path, cache__path=tmp_path / "killed")
+    config_file = tmp_path / "config.toml"
+    config_file.write_text(to_toml(config))
+    partial_states = set()
+    for fault in ("plan.samples", "plan.index", "shard.appended", "shard.renamed", "commit.renamed"):
+        process = start(config_file, fault=fault)
+        assert process.wait(timeout=120) == -signal.SIGKILL
+        partial_states.add(tuple(digest_tree(config.cache.path)))
+    process = start(config_file)  # and once when a shard was just committed, wherever the process then is
+    commits = config.cache.path / "commits"
+    count = len(list(commits.glob("*.json")))
+    while process.poll() is None and len(list(commits.glob("*.json"))) <= count:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    partial_states.add(tuple(digest_tree(config.cache.path)))
+    assert len(partial_states) >= 5, "the kills left no partial state behind"
+    with pytest.raises(CacheIncompleteError, match="shards are missing"):
+        CacheReader(config.cache.path)
+    result = extract(config)
+    assert 0 < result.num_computed_shards < result.num_shards
+    found = digest_tree(config.cache.path)
+    assert found == expected
+    assert verify_cache(config.cache.path).ok
+
+
+def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> None:
+    config = make_config(tmp_path, data__max_bad_fraction=0.5, data__max_length=60)
+    rows: list[Any] = make_chats(24)
+    rows[3] = {"messages": []}
+    rows[5] = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    rows[7] = {"messages": [{"role": "user", "content": "long " * 80}, {"role": "assistant", "content": "b " * 20}]}
+    file = write_jsonl(Path(config.data.files[0]), rows)
+    file.write_text(file.read_text() + '{"messages": [\n')
+    plan = extract(config).plan
+    dropped = plan.manifest.plan.dropped
+    assert dropped["bad row: empty conversation"] == 1
+    assert dropped["dropped: fewer supervised tokens than data.min_supervised_tokens"] == 2  # row 5, and row 7 once cut
+    assert [key for key in dropped if key.startswith("bad row: broken JSON")]
+    assert dropped["truncated to data.max_length"] > 0
+    assert plan.manifest.plan.num_samples == 25 - 4
+    assert plan.index.num_tokens.max() == 60
+    assert {3, 5, 7, 24}.isdisjoint(plan.index.sample_ids.tolist())
+
+
+def test_overlong_samples_are_dropped_where_the_config_says_so(tmp_path: Path) -> None:
+    dropped = extract(make_config(tmp_path, data__overlong="drop", data__max_length=60)).plan.manifest.plan.dropped
+    assert dropped["dropped: longer than data.max_length"] > 0
+    assert "truncated to data.max_length" not in dropped
+
+
+def test_too_many_bad_rows_stop_the_run_with_places(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    write_jsonl(Path(config.data.files[0]), [*make_chats(5), {"messages": []}, {"nothing": 1}])
+    with pytest.raises(DataError, match=r"2 of the first 7 rows are bad.*\n.*\n?.*row 5") as error:
+        extract(config)
+    assert "no column messages" in str(error.value)
+    assert not (config.cache.path / "manifest.json").exists()
+
+
+def test_nothing_left_to_train_on(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no sample is left"):
+        extract(make_config(tmp_path, data__min_supervised_tokens=1000))
+
+
+def test_the_disk_is_checked_before_the_target_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path)
+    monkeypatch.setattr(run, "free_bytes", lambda _path: 1_000)
+    monkeypatch.setattr(run.targets, "load_target", lambda *_a, **_k: pytest.fail("the target was loaded"))
+    with pytest.raises(CacheSpaceError, match=r"needs 0\.00 GB.*larger disk"):
+        extract(config)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), r"no \*\.safetensors weights"),
+        (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 1000), "cut short|expected .* bytes, got 1000"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json"),
+    ],
+)
+def test_a_broken_target_is_named(tmp_path: Path, break_it: Any, message: str) -> None:
+    config = make_config(tmp_path)
+    break_it(Path(config.target.model))
+    with pytest.raises(TargetError, match=message):
+        extract(config)
+
+
+def test_layer_ids_out_of_range(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cache\.layers: \[9\] out of range; the target has 4 layers"):
+        extract(make_config(tmp_path, cache__layers=[1, 9]))
+
+
+def test_no_such_target(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    missing = config.target.model_copy(update={"model": "./nowhere"})
+    with pytest.raises(TargetError, match=r"no folder './nowhere'"):
+        extract(config.model_copy(update={"target": missing}))
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, token: int) -> None:
+    """Let every sequence that contains `token` come out of the target with a NaN in layer 1."""
+    original = Capture.__call__
+
+    def call(self: Capture, input_ids: Any) -> Any:
+        batch = original(self, input_ids)
+        batch = replace(batch, hidden_states=batch.hidden_states.clone())  # may be written to outside inference mode
+        start = 0
+        for ids in input_ids:
+            if token in ids:
+                batch.hidden_states[start + len(ids) // 2, 1, 3] = float("nan")
+            start += len(ids)
+        return batch
+
+    monkeypatch.setattr(Capture, "__call__", call)
+
+
+def test_non_finite_samples_are_quarantined_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path, extract__max_quarantined_fraction=0.1)
+    rows = make_chats(24)
+    rows[4]["messages"][0]["content"] = "zzqq"
+    write_jsonl(Path(config.data.files[0]), rows)
+    settings = settings_of(config)
+    inputs = run.describe_inputs(settings)
+    ids = {
+        sample.sample_id: set(sample.input_ids.tolist())
+        for sample in run.iterate_samples(inputs, settings, counts=SampleCounts())
+    }
+    token = min(ids[4] - set().union(*(tokens for sample, tokens in ids.items() if sample != 4)))
+    poison(monkeypatch, token)
+    result = extract(config)
+    assert result.num_excluded == 1
+    with CacheReader(config.cache.path) as reader:
+        assert 4 not in reader.sample_ids
+        assert len(reader) == result.plan.manifest.plan.num_samples - 1
+    strict = make_config(tmp_path, cache__path=tmp_path / "strict", extract__max_quarantined_fraction=0.0)
+    with pytest.raises(run.QuarantineError, match="1 samples have non-finite states"):
+        extract(strict)
+    assert CachePlan.read(strict.cache.path)
+
+
+def test_equal_prompts_are_on_one_side_of_the_split() -> None:
+    mask = np.array([0, 0, 1, 1], dtype=np.uint8)
+    sides = [choose_split(np.array([1, 2, 3, 4 + i], np.int32), mask, validation_fraction=0.5) for i in range(20)]
+    assert len(set(sides)) == 1
+    many = [choose_split(np.array([i, 2, 3, 4], np.int32), mask, validation_fraction=0.3) for i in range(2000)]
+    assert 0.25 < many.count("validation") / 2000 < 0.35
+
+
+def test_the_estimate_is_what_extraction_then_writes(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    (Path(config.target.model) / "model.safetensors").rename(tmp_path / "weights")  # an estimate needs none
+    price, counts = run.estimate(settings_of(config))
+    assert not config.cache.path.exists()
+    (tmp_path / "weights").rename(Path(config.target.model) / "model.safetensors")
+    plan = extract(config).plan.manifest.plan
+    assert (price.num_samples, price.num_tokens, price.num_bytes) == (
+        plan.num_samples,
+        plan.num_tokens,
+        plan.payload_bytes,
+    )
+    assert price.bytes_per_token == (3 + 1) * 32 * 2
+    assert price.hours > 0
+    assert counts.num_rows == 24
