@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup extract train evaluate report checks test bench clean
+.PHONY: help setup extract train evaluate sweep report checks test bench clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -37,6 +37,9 @@ train: setup ## Stage two: train a draft and evaluate it; extracts first what th
 evaluate: setup ## Measure the trained draft on held-out conversations.
 	$(BIN)/dspark evaluate $(CONFIG) $(ARGS)
 
+sweep: setup ## Train every combination of the config's [sweep.grid] over one cache.
+	$(BIN)/dspark sweep $(CONFIG) $(ARGS)
+
 RUNS ?= $(patsubst %/evaluation.json,%,$(wildcard runs/*/evaluation.json runs/*/*/evaluation.json))
 report: setup ## Compare the evaluated runs below runs/, or RUNS="a b".
 	$(BIN)/dspark report $(RUNS)
@@ -50,7 +53,7 @@ test: setup ## The tests, in some minutes.
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: setup ## Time extraction, reading and training on this machine.
-	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 clean: ## Remove what make built; runs/ stays.
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

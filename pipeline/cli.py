@@ -113,17 +113,10 @@ def inspect(config: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--evaluate/--no-evaluate", "then_evaluate", default=True, help="Evaluate the draft at the end.")
 def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_evaluate: bool) -> None:
     """Train a draft from the cache; continues where an earlier run stopped."""
-    from pipeline import stage_two
-
     settings = _load(config, overrides)
     if extract_missing:
         _extract(settings)
-    run_dir = settings.train.run_dir
-    result = stage_two.train_draft(settings)
-    if result.was_complete:
-        console.print(f"{run_dir} is trained already ({result.num_steps} steps); set train.run_dir for a new run")
-    (run_dir / "config.toml").write_text(to_toml(settings), encoding="utf-8")
-    console.print(f"draft: {result.draft_dir}")
+    _train(settings)
     if then_evaluate:
         _evaluate(settings)
 
@@ -134,6 +127,32 @@ def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_
 def evaluate(config: Path, overrides: tuple[str, ...], draft: Path | None) -> None:
     """Measure the draft's acceptance on the held-out split, from the cache alone."""
     _evaluate(_load(config, overrides), draft=draft)
+
+
+@main.command()
+@_with_config
+def sweep(config: Path, overrides: tuple[str, ...]) -> None:
+    """Train and evaluate every combination of [sweep.grid] over one cache, and compare them; finished trials stay."""
+    from pipeline.sweep import plan_trials
+
+    trials = list(plan_trials(_load(config, overrides)))
+    for number, trial in enumerate(trials, start=1):
+        console.print(f"trial {number} of {len(trials)}: {trial.train.run_dir}", markup=False)
+        _train(trial)
+        _evaluate(trial)
+    show.runs(console, [trial.train.run_dir for trial in trials])
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16")
+def export(checkpoint: Path, out: Path, dtype: str) -> None:
+    """Write a checkpoint as a draft folder that servers load: config.json and model.safetensors."""
+    from pipeline import stage_two
+
+    stage_two.export_draft(checkpoint, out, dtype=dtype)
+    console.print(f"draft: {out}", markup=False)
 
 
 @main.command()
@@ -158,6 +177,20 @@ def _extract(settings: Config) -> None:
 
     result = stage_one.extract(settings, show_price=lambda price, counts: show.price(console, price, counts))
     show.extraction(console, result)
+
+
+def _train(settings: Config) -> None:
+    from pipeline import stage_two
+
+    run_dir = settings.train.run_dir
+    saved = run_dir / "config.toml"
+    if not saved.exists():  # a refused resume must not overwrite what the run was made from
+        run_dir.mkdir(parents=True, exist_ok=True)
+        saved.write_text(to_toml(settings), encoding="utf-8")
+    result = stage_two.train_draft(settings)
+    if result.was_complete:
+        console.print(f"{run_dir} is trained already ({result.num_steps} steps); set train.run_dir for a new run")
+    console.print(f"draft: {result.draft_dir}", markup=False)
 
 
 def _evaluate(settings: Config, *, draft: Path | None = None) -> None:

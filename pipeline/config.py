@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.embedded import CONVERSATIONS_FILE, EMBEDDED, TARGET_DIR
 from stages.evaluate.settings import EvaluateSection
@@ -19,6 +19,13 @@ from stages.train.settings import DraftSection, ObjectiveSection, TrainSection
 
 class ConfigError(ValueError):
     """The config cannot be used; the message names file, key, what was expected and what it got."""
+
+
+class SweepSection(Section):
+    """Which config values a sweep tries, every combination of them."""
+
+    grid: dict[str, list[Any]] = Field(min_length=1)
+    """Config key -> values, for example `"draft.markov_rank" = [0, 64]`."""
 
 
 class Config(Section):
@@ -32,6 +39,7 @@ class Config(Section):
     objective: ObjectiveSection = ObjectiveSection()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
+    sweep: SweepSection | None = None
 
 
 def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
@@ -62,9 +70,9 @@ def parse_config(tables: dict[str, Any], *, where: str) -> Config:
 def to_toml(config: Config) -> str:
     """The resolved config as TOML that `load_config` reads back; keys without a value are left out."""
     lines: list[str] = []
-    for section, table in config.model_dump(mode="python").items():
+    for section, table in config.model_dump(mode="python", exclude_none=True).items():
         lines.append(f"[{section}]")
-        lines.extend(f"{key} = {_toml_value(value)}" for key, value in table.items() if value is not None)
+        lines.extend(f"{key} = {_toml_value(value)}" for key, value in table.items())
         lines.append("")
     return "\n".join(lines)
 
@@ -99,7 +107,7 @@ def _describe(problem: Any) -> str:
 def _known_keys(location: list[str]) -> list[str]:
     if not location:
         return list(Config.model_fields)
-    section = Config.model_fields[location[0]].annotation
+    section = SweepSection if location[0] == "sweep" else Config.model_fields[location[0]].annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
 
 
@@ -119,6 +127,8 @@ def _toml_value(value: Any) -> str:
         return "inf"
     if isinstance(value, int | float):
         return repr(value)
-    if isinstance(value, tuple):
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return json.dumps(str(value), ensure_ascii=False)

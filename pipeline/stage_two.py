@@ -15,6 +15,7 @@ from stages.evaluate.cached import CacheEvaluation, evaluate_scores
 from stages.extract.run import configured_identity, describe_inputs
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
 from stages.train.batches import gather_batch, plan_batches
+from stages.train.checkpoint import save_draft
 from stages.train.loop import compute_dtype
 from stages.train.module import SlotScores
 from stages.train.run import TrainResult, objective_arguments, train
@@ -81,6 +82,16 @@ def evaluate_draft(config: Config, *, draft_dir: Path) -> CacheEvaluation:
     reader = open_cache(config, layers=tuple(model.config.target_layer_ids))
     module = DSparkTrainerModule(model.to(choose_device(config.train.device)), **objective_arguments(config.objective))
     return _score_split(config, module, reader=reader)
+
+
+def export_draft(checkpoint: Path, out: Path, *, dtype: str) -> None:
+    """Write the draft in `checkpoint` to `out` as servers load it. Raises SettingError."""
+    if not (checkpoint / "config.json").is_file():
+        raise SettingError(f"{checkpoint}: no draft here; name a run's draft/ or one of its checkpoints/")
+    if out.exists():
+        raise SettingError(f"{out}: exists already; name a new folder")
+    model = Qwen3DSparkModel.from_pretrained(checkpoint, dtype=torch.float32)
+    save_draft(out, draft_model=model, dtype=getattr(torch, dtype))
 
 
 def _score_split(config: Config, module: DSparkTrainerModule, *, reader: CacheReader) -> CacheEvaluation:

@@ -1,5 +1,6 @@
 """Stage one from end to end: a target and conversations in, a cache of hidden states out."""
 
+import functools
 import logging
 import platform
 import time
@@ -185,9 +186,9 @@ def extract(settings: Settings, *, show_price: Callable[[Price, SampleCounts], N
     """
     started = time.monotonic()
     # 1. What is asked for, and the plan: the one on disk, if it is of the same inputs.
+    device = choose_device(settings.extract.device)
     inputs = describe_inputs(settings)
-    parts: list[targets.TargetParts] = []  # loaded once, by whoever needs it first
-    load = _load_once(parts, inputs, settings)
+    load = functools.cache(functools.partial(targets.load_target, inputs.folder, target=settings.target, device=device))
     plan = read_plan(settings.cache.path)
     if plan is None:
         plan = _write_plan(inputs, settings, load=load, show_price=show_price)
@@ -231,18 +232,6 @@ def check_space(path: Path, *, needed: int) -> None:
             f"{path}: the cache still needs {needed / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free; use a "
             "larger disk, fewer cache.layers, a smaller data.max_length or less data"
         )
-
-
-def _load_once(
-    parts: list[targets.TargetParts], inputs: Inputs, settings: Settings
-) -> Callable[[], targets.TargetParts]:
-    def load() -> targets.TargetParts:
-        if not parts:
-            device = choose_device(settings.extract.device)
-            parts.append(targets.load_target(inputs.folder, target=settings.target, device=device))
-        return parts[0]
-
-    return load
 
 
 def _write_plan(

@@ -41,7 +41,7 @@ class Stepper:
         """One optimizer step over the samples at `indices`; the row to log. Raises NonFiniteLossError."""
         module, train = self.module, self.train
         device = next(module.parameters()).device
-        batches = self._plan(indices, epoch=epoch)
+        batches = self.plan(indices, epoch=epoch)
         # The denominator is the step's, not the micro-batch's; it needs masks and anchors only, not the model.
         denominator = sum(
             float(module.loss_denominator(batch.loss_mask, batch.anchor_positions, batch.seq_lens)) for batch in batches
@@ -68,7 +68,8 @@ class Stepper:
         num_tokens = sum(batch.num_tokens for batch in batches)
         return {**row, "lr": lr, "grad_norm": float(norm), "num_tokens": num_tokens, "num_micro_batches": len(batches)}
 
-    def _plan(self, indices: np.ndarray, *, epoch: int) -> list[PlannedBatch]:
+    def plan(self, indices: np.ndarray, *, epoch: int) -> list[PlannedBatch]:
+        """The micro-batches of a step over the samples at `indices`."""
         batches = plan_batches(
             self.reader,
             indices.tolist(),

@@ -1,0 +1,145 @@
+"""The command line as a person meets it, the README's commands among them."""
+
+import json
+import logging
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from tiny_target import make_config
+
+from pipeline.cli import main
+from pipeline.config import to_toml
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config file for a tiny target; the commands below run on it in their order."""
+    folder = tmp_path_factory.mktemp("cli")
+    file = folder / "config.toml"
+    file.write_text(to_toml(make_config(folder)))
+    return file
+
+
+def dspark(*arguments: object, ok: bool = True) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert (result.exit_code == 0) == ok, result.output
+    return result
+
+
+def test_the_whole_way(config_file: Path) -> None:
+    folder = config_file.parent
+    estimate = dspark("estimate", config_file).output
+    assert re.search(r"bytes a token\s+│ 256", estimate)
+    assert not (folder / "cache").exists()
+    trained = dspark("train", "--extract", config_file).output
+    for expected in ("shards computed", "tau", "acceptance by slot", "256 bytes a token", "run/draft"):
+        assert expected in " ".join(trained.replace("│", " ").split()), expected
+    evaluation = json.loads((folder / "run" / "evaluation.json").read_text())
+    assert f"{evaluation['tau']:.3f}" in trained
+    assert len(evaluation["accept_rate_per_pos"]) == 4
+    again = dspark("train", "--extract", config_file).output
+    assert "is complete: reusing" in again
+    assert "is trained already (8 steps)" in again
+    assert (folder / "run" / "config.toml").read_text() == config_file.read_text()
+    assert f"{evaluation['tau']:.3f}" in dspark("evaluate", config_file).output
+    assert f"{evaluation['tau']:.3f}" in dspark("report", folder / "run").output
+    assert "whole" in dspark("verify", config_file).output
+    assert "tokens a sample" in dspark("inspect", folder / "cache").output
+
+
+def test_verify_names_the_damage_and_fails(config_file: Path, tmp_path: Path) -> None:
+    folder = config_file.parent
+    overrides = ["--set", f"cache.path='{tmp_path / 'cache'}'"]
+    dspark("extract", config_file, *overrides)
+    payload = tmp_path / "cache" / "shards" / "00000.zarr" / "last_hidden_states" / "c" / "0" / "0"
+    data = bytearray(payload.read_bytes())
+    data[100] ^= 4
+    payload.write_bytes(data)
+    assert dspark("verify", "--quick", tmp_path / "cache").exit_code == 0
+    failed = dspark("verify", config_file, *overrides, ok=False).output
+    assert "shards/00000.zarr/last_hidden_states" in failed
+    report = json.loads(dspark("verify", "--json", tmp_path / "cache", ok=False).output)
+    assert [problem["array"] for problem in report["problems"]] == ["last_hidden_states"]
+    refused = dspark("train", config_file, *overrides, "--set", f"train.run_dir='{folder / 'other'}'", ok=False).output
+    assert "Error: " in refused
+    assert "last_hidden_states" in refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "CONFIG", "--set", "train.lrr=1"], "unknown key train.lrr; did you mean lr?"),
+        (["train", "nowhere.toml"], "nowhere.toml: no such config file"),
+        (["train", "CONFIG", "--set", "cache.path='/nonexistent/cache'"], "/nonexistent/cache"),
+        (["extract", "CONFIG", "--set", "data.files=['none.jsonl']"], "nothing matches 'none.jsonl'"),
+        (["extract", "CONFIG", "--set", "target.model=./nowhere"], "no folder './nowhere'"),
+        (["extract", "CONFIG", "--set", "extract.device=cuda:99"], "cuda"),
+        (["evaluate", "CONFIG", "--draft", "nowhere"], "no draft here"),
+    ],
+)
+def test_errors_are_one_message_without_a_traceback(config_file: Path, arguments: list[str], message: str) -> None:
+    arguments = [str(config_file) if argument == "CONFIG" else argument for argument in arguments]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert f"Error: {message}" in result.output or message in result.output.rsplit("Error: ", 1)[-1]
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```console\n(.*?)```", README, flags=re.DOTALL)
+    return [
+        line.removeprefix("$ ").split("  #")[0].strip()
+        for block in blocks
+        for line in block.splitlines()
+        if line.startswith("$ ")
+    ]
+
+
+def test_the_readme_shows_commands() -> None:
+    assert any(command.startswith("make train") for command in readme_commands())
+    assert sum(command.startswith("dspark") for command in readme_commands()) >= 5
+
+
+@pytest.mark.parametrize("command", sorted({command for command in readme_commands() if command.startswith("dspark")}))
+def test_every_dspark_command_of_the_readme_runs(command: str, config_file: Path) -> None:
+    """The same options, on the tiny config instead of the README's."""
+    folder = config_file.parent
+    dspark("train", "--extract", config_file)
+    replaced: dict[str, Any] = {"runs/mine": folder / "run", "caches/mine": folder / "cache"}
+    words = shlex.split(command)[1:]
+    arguments = [config_file if word.endswith(".toml") else replaced.get(word, word) for word in words]
+    arguments = [str(folder / argument) if argument == "runs/dflash" else argument for argument in arguments]
+    arguments = [str(word).replace("runs/dflash", str(folder / "dflash")) for word in arguments]
+    dspark(*arguments)
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {word for command in readme_commands() for word in re.findall(r"^make ([a-z]+)", command)}
+    assert named <= targets
+    assert {"setup", "extract", "train", "evaluate", "report", "checks", "test", "bench", "clean"} <= targets
+
+
+def test_the_readme_names_every_config_section_and_file() -> None:
+    for section in ("target", "data", "cache", "extract", "draft", "objective", "train", "evaluate"):
+        assert f"[{section}]" in README, section
+    for package in ("pipeline", "stages", "storage"):
+        for file in (ROOT / package).rglob("*.py"):
+            if file.name != "__init__.py":
+                assert re.search(rf"\b{re.escape(file.name)}\b", README), f"{file} is not in the README's file tree"
