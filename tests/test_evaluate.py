@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_target import make_config
 
 from pipeline.stage_one import settings_of
 from pipeline.stage_two import evaluate_draft, open_cache, train_draft
@@ -17,6 +16,7 @@ from stages.evaluate.cached import CALIBRATION_BINS, bootstrap_mean, calibration
 from stages.extract.run import extract
 from stages.train import Qwen3DSparkModel
 from stages.train.anchors import choose_anchors
+from tiny_target import make_config
 
 K = 3
 

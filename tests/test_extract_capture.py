@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_target import NUM_LAYERS, save_tiny_target
 
 from stages.extract.capture import Capture, find_non_finite, pad_batch
 from stages.extract.self_check import check_batching, check_head
 from stages.extract.settings import TargetSection
 from stages.extract.target import TargetError, TargetParts, find_parts, load_target
+from tiny_target import NUM_LAYERS, save_tiny_target
 
 LAYERS = [-1, 0, 1, 2, 3]
 SHAPE: dict[str, Any] = {

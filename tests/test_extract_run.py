@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_target import make_chats, make_config, write_jsonl
 
 from pipeline.config import Config, to_toml
 from pipeline.stage_one import settings_of
@@ -31,6 +30,7 @@ from storage import (
     plan_batches,
     verify_cache,
 )
+from tiny_target import make_chats, make_config, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 

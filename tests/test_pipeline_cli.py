@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny_target import make_config
 
 from pipeline.cli import main
 from pipeline.config import to_toml
+from tiny_target import make_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

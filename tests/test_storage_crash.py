@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, plan_cache, states_of
 
 from storage import (
     CacheError,
@@ -24,6 +23,7 @@ from storage import (
 )
 from storage.faults import FAULT_VARIABLE, PLAN_FAULTS, SHARD_FAULTS
 from storage.temps import temp_path
+from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, plan_cache, states_of
 
 ROOT = Path(__file__).parent.parent
 RUN = """

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, make_header, plan_cache
 
 from storage import (
     CacheCorruptError,
@@ -19,6 +18,7 @@ from storage import (
     verify_cache,
 )
 from storage.sealed import FORMAT_VERSION
+from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, make_header, plan_cache
 
 EXCLUDED = (103,)
 

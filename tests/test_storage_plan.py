@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from storage_cache import LENGTHS, files_of, make_header, make_identity, make_samples, plan_cache
 
 from storage import (
     CacheExistsError,
@@ -25,6 +24,7 @@ from storage import (
     plan_batches,
 )
 from storage.sharding import plan_shards
+from storage_cache import LENGTHS, files_of, make_header, make_identity, make_samples, plan_cache
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from storage_cache import LENGTHS, check_samples, fill_cache, make_cache, make_header, plan_cache, write_target
 
 from storage import CacheReader, CacheUsageError, CacheWriter, mounts, reader
+from storage_cache import LENGTHS, check_samples, fill_cache, make_cache, make_header, plan_cache, write_target
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,6 +13,11 @@ import torch
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import storage
+from storage import CachePlan, CacheReader, CacheUsageError, bytes_per_token, verify_cache
+from storage.encodings import ENCODINGS
+from storage.zarr_array import ArraySpec, ArrayWriter
 from storage_cache import (
     LENGTHS,
     check_samples,
@@ -24,11 +29,6 @@ from storage_cache import (
     plan_cache,
     states_of,
 )
-
-import storage
-from storage import CachePlan, CacheReader, CacheUsageError, bytes_per_token, verify_cache
-from storage.encodings import ENCODINGS
-from storage.zarr_array import ArraySpec, ArrayWriter
 
 FORMAT = Path(storage.__file__).with_name("FORMAT.md").read_text()
 

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from draft_reference import HIDDEN, MASK_ID, VOCAB, block_states, make_document, pack, tiny_config, tiny_model
-from draft_reference import tiny_target_config as target_config
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import Gemma3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
+from draft_reference import HIDDEN, MASK_ID, VOCAB, block_states, make_document, pack, tiny_config, tiny_model
+from draft_reference import tiny_target_config as target_config
 from stages.train import Qwen3DSparkModel, build_draft_config
 from stages.train.attention import block_mask
 from stages.train.checkpoint import save_draft

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from draft_reference import HIDDEN, VOCAB, Reference, make_document, pack, run_reference, tiny_config, tiny_model
 from transformers import Qwen3Config
 
+from draft_reference import HIDDEN, VOCAB, Reference, make_document, pack, run_reference, tiny_config, tiny_model
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
 from stages.train.objective import Slots, expected_tokens
 

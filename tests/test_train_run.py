@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_target import make_config
 
 from pipeline.config import Config, to_toml
 from pipeline.stage_one import settings_of
@@ -29,6 +28,7 @@ from stages.train.metrics import read_metrics
 from stages.train.order import learning_rate, plan_epoch, plan_micro_batches
 from stages.train.run import build_draft
 from storage import CacheCorruptError, CacheIdentityError, CacheIncompleteError, CacheReader
+from tiny_target import make_config
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
