@@ -121,10 +121,8 @@ def bench_training(config: Config) -> None:
         from_memory.append(seconds(step_in_memory))
     ratio = statistics.median(a / b for a, b in zip(from_cache, from_memory, strict=True))
     print(f"training    {statistics.median(from_cache):10.3f} s a step      / batches in memory {ratio:.3f}")
-    print(
-        share = sum(gathering) / sum(from_cache)
-        print(f"            {tokens / sum(from_cache):10,.0f} tokens/s; gathering is {share:.1%} of the time")
-    )
+    share = sum(gathering) / sum(from_cache)
+    print(f"            {tokens / sum(from_cache):10,.0f} tokens/s; gathering is {share:.1%} of the time")
 
 
 def main() -> None:
