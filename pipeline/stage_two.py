@@ -1,5 +1,6 @@
 """Stage two as the command line runs it: the cache held against the config, training, and evaluation joined to it."""
 
+import glob
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,14 +31,14 @@ def open_cache(config: Config, *, layers: tuple[int, ...] | None) -> CacheReader
     Target and data are compared where their files are at hand; stage two needs neither of them.
     """
     cache = config.cache
-    check_subset = CacheReader(cache.path, io=cache.io, checks=cache.checks)
-    check_identity(check_subset.identity, wanted_identity(config, cached=check_subset.identity), where=cache.path)
+    reader = CacheReader(cache.path, io=cache.io, checks=cache.checks)
+    check_identity(reader.identity, wanted_identity(config, cached=reader.identity), where=cache.path)
     if layers is None:
-        return check_subset
-    missing = sorted(set(layers) - set(check_subset.identity.layers))
+        return reader
+    missing = sorted(set(layers) - set(reader.layers))
     if missing:
         raise SettingError(
-            f"draft.target_layer_ids: {missing} are not in the cache, which stores {list(check_subset.identity.layers)}"
+            f"draft.target_layer_ids: {missing} are not in the cache, which stores {list(reader.layers)}"
         )
     return CacheReader(cache.path, layers=layers, io=cache.io, checks=cache.checks)
 
@@ -48,9 +49,10 @@ def wanted_identity(config: Config, *, cached: CacheIdentity) -> CacheIdentity:
     known: dict[str, Any] = configured_identity(settings) | {"dtype": config.target.dtype}
     if config.cache.layers is not None:
         known["layers"] = config.cache.layers
-    if Path(config.target.model).is_dir() and all(Path(file).is_file() for file in config.data.files):
+    data_at_hand = all(glob.glob(pattern, recursive=True) for pattern in config.data.files)  # none for an address
+    if Path(config.target.model).is_dir() and data_at_hand:
         return describe_inputs(settings).header.identity
-    logger.info("the target or the data is not on this machine: comparing the cache with the config's own values only")
+    logger.info("target or data are no local files here: the cache is compared with the config's own values only")
     return cached.model_copy(update=known)
 
 

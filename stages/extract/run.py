@@ -22,7 +22,7 @@ from stages.extract.samples import SampleCounts, plan_samples
 from stages.extract.self_check import check_batching, check_head
 from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
 from stages.extract.tokenize import SampleTokenizer
-from stages.layers import check_layers, default_layers
+from stages.target_config import check_layers, default_layers, logit_transform
 from storage import (
     CacheHeader,
     CacheIdentity,
@@ -93,7 +93,7 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     layers = settings.cache.layers or default_layers(num_layers)
     check_layers(layers, num_target_layers=num_layers, key="cache.layers")
     files = tuple(expand_files(data.files))
-    scale, softcap = targets.logit_transform(config)
+    scale, softcap = logit_transform(config)
     identity = CacheIdentity(
         target_config_digest=targets.digest_config(config),
         target_weights_digest=targets.digest_weights(folder) if with_weights else "",

@@ -279,12 +279,3 @@ def write_target(destination: Path, *, folder: Path, parts: TargetParts, tokeniz
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items() if tensor is not None
     }
     save_file(copies, destination / "head.safetensors")
-
-
-def logit_transform(config: Any) -> tuple[float | None, float | None]:
-    """(scale, soft-cap) that the target applies to its logits after `lm_head`; None where it applies none."""
-    scale = getattr(config, "logit_scale", None)
-    if getattr(config, "logits_scaling", None):
-        scale = 1.0 / config.logits_scaling
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return (float(scale) if scale is not None else None, float(softcap) if softcap is not None else None)

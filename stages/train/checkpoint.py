@@ -62,13 +62,7 @@ def save_checkpoint(
     save_file(_optimizer_tensors(draft_model, optimizer), partial / OPTIMIZER_FILE)
     files = {file.name: describe_file(file) for file in sorted(partial.iterdir())}
     (partial / STATE_FILE).write_text(json.dumps({**asdict(state), "files": files}, indent=2))
-    for file in partial.iterdir():
-        _fsync(file)
-    _fsync(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    _fsync(checkpoints)
+    _publish(partial, final)
     for old in sorted(_step_folders(checkpoints))[:-keep_last]:
         shutil.rmtree(old)
     return final
@@ -83,13 +77,7 @@ def save_draft(folder: Path, *, draft_model: Qwen3DSparkModel, dtype: torch.dtyp
     copy.load_state_dict(tensors, assign=True)
     shutil.rmtree(partial, ignore_errors=True)
     copy.save_pretrained(partial)
-    for file in partial.iterdir():
-        _fsync(file)
-    _fsync(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    _fsync(folder.parent)
+    _publish(partial, folder)
 
 
 def find_checkpoint(checkpoints: Path) -> tuple[Path, TrainerState] | None:
@@ -163,6 +151,17 @@ def _step_folders(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     return [folder for folder in checkpoints.iterdir() if _STEP_NAME.fullmatch(folder.name)]
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Give a finished folder its name, in one rename, once its files are on disk."""
+    for file in partial.iterdir():
+        _fsync(file)
+    _fsync(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _fsync(final.parent)
 
 
 def _fsync(path: Path) -> None:

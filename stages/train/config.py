@@ -10,7 +10,8 @@ import torch
 from transformers import PretrainedConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from stages.layers import check_layers, default_layers
+from stages.errors import SettingError
+from stages.target_config import check_layers, default_layers, logit_transform
 
 MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
 
@@ -21,7 +22,7 @@ _FOREIGN_ROPE_KEYS = ("partial_rotary_factor", "mrope_section", "mrope_interleav
 def default_target_layer_ids(num_target_layers: int) -> list[int]:
     """Five ids spread evenly from 1 to N-3 (36 layers: 1, 9, 17, 25, 33); fewer, at least one, for a small target."""
     if num_target_layers < 1:
-        raise ValueError(f"num_target_layers: expected at least 1, got {num_target_layers}")
+        raise SettingError(f"num_target_layers: expected at least 1, got {num_target_layers}")
     return list(default_layers(num_target_layers))
 
 
@@ -44,7 +45,7 @@ def build_draft_config(  # noqa: PLR0913 (one argument a field of the draft)
     Dimensions, head size, rope, norm epsilon and vocabulary are the target's; logit scale and soft-cap too, where it
     has them. `confidence_head_with_markov` is dropped with `markov_rank = 0`, where there is no embedding to see.
 
-    Raises ValueError, naming the value, for settings that no draft of this target can have.
+    Raises SettingError, naming the value, for settings that no draft of this target can have.
     """
     target = target_config.get_text_config(decoder=True)
     num_target_layers, vocab_size = int(target.num_hidden_layers), int(target.vocab_size)
@@ -53,9 +54,11 @@ def build_draft_config(  # noqa: PLR0913 (one argument a field of the draft)
     _check_at_least(1, num_draft_layers=num_draft_layers, block_size=block_size, num_anchors=num_anchors)
     _check_at_least(0, markov_rank=markov_rank)
     if markov_head_type not in MARKOV_HEAD_TYPES:
-        raise ValueError(f"markov_head_type: expected one of {', '.join(MARKOV_HEAD_TYPES)}, got {markov_head_type!r}")
+        raise SettingError(
+            f"markov_head_type: expected one of {', '.join(MARKOV_HEAD_TYPES)}, got {markov_head_type!r}"
+        )
     if not 0 <= mask_token_id < vocab_size:
-        raise ValueError(
+        raise SettingError(
             f"mask_token_id: expected an id in the target's embedding, 0 to {vocab_size - 1}, got {mask_token_id}; "
             "choose an id that the tokenizer does not use"
         )
@@ -81,7 +84,7 @@ def build_draft_config(  # noqa: PLR0913 (one argument a field of the draft)
         enable_confidence_head=enable_confidence_head,
         confidence_head_with_markov=confidence_head_with_markov and markov_rank > 0,
         sample_from_anchor=True,
-        **_logit_transform(target),
+        **_logit_fields(target),
     )
 
 
@@ -89,10 +92,12 @@ def _target_dimensions(target: PretrainedConfig, *, intermediate_size: int | Non
     hidden_size, num_heads = int(target.hidden_size), int(target.num_attention_heads)
     head_dim = getattr(target, "head_dim", None) or hidden_size // num_heads
     if head_dim % 2:
-        raise ValueError(f"head_dim: expected an even number, since rope rotates pairs, got {head_dim} from the target")
+        raise SettingError(
+            f"head_dim: expected an even number, since rope rotates pairs, got {head_dim} from the target"
+        )
     width = getattr(target, "intermediate_size", None) if intermediate_size is None else intermediate_size
     if not isinstance(width, int) or width < 1:
-        raise ValueError(
+        raise SettingError(
             f"intermediate_size: expected a positive number, got {width!r}"
             + (" from the target; set draft.intermediate_size" if intermediate_size is None else "")
         )
@@ -128,22 +133,18 @@ def _draft_rope(target: PretrainedConfig) -> dict[str, Any]:
         rope["rope_type"] = "default"
     known = ["default", *ROPE_INIT_FUNCTIONS]
     if rope["rope_type"] not in known:
-        raise ValueError(f"rope_type: expected one of {', '.join(known)}, got {rope['rope_type']!r} from the target")
+        raise SettingError(f"rope_type: expected one of {', '.join(known)}, got {rope['rope_type']!r} from the target")
     return rope
 
 
-def _logit_transform(target: PretrainedConfig) -> dict[str, float]:
-    """`logit_scale` (Cohere's name; Granite divides by `logits_scaling`) and `final_logit_softcapping`, where set."""
-    scale = getattr(target, "logit_scale", None)
-    divisor = getattr(target, "logits_scaling", None)
-    if scale is None and divisor:
-        scale = 1.0 / divisor
-    softcap = getattr(target, "final_logit_softcapping", None)
-    fields = {} if scale is None or scale == 1.0 else {"logit_scale": float(scale)}
-    return fields if softcap is None else {**fields, "final_logit_softcapping": float(softcap)}
+def _logit_fields(target: PretrainedConfig) -> dict[str, float]:
+    """The target's logit scale and soft-cap as fields of the draft's config, where it has them."""
+    scale, softcap = logit_transform(target)
+    fields = {"logit_scale": scale, "final_logit_softcapping": softcap}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _check_at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+            raise SettingError(f"{name}: expected at least {least}, got {value}")

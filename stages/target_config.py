@@ -1,4 +1,6 @@
-"""Layer ids: which target layers are tapped where nobody names any. Both stages read it."""
+"""What both stages read off a target's config: which layers are tapped where nobody names any, and its logits' form."""
+
+from typing import Any
 
 from stages.errors import SettingError
 
@@ -23,3 +25,16 @@ def check_layers(layers: tuple[int, ...], *, num_target_layers: int, key: str) -
             f"{key}: {wrong} out of range; the target has {num_target_layers} layers, "
             f"so ids run from -1 (embeddings) to {num_target_layers - 1}"
         )
+
+
+def logit_transform(target_config: Any) -> tuple[float | None, float | None]:
+    """(scale, soft-cap) that the target applies to what `lm_head` gives; None where it applies none.
+
+    Cohere's configs name `logit_scale`; Granite's divide by `logits_scaling`; Gemma's have `final_logit_softcapping`.
+    """
+    scale = getattr(target_config, "logit_scale", None)
+    divisor = getattr(target_config, "logits_scaling", None)
+    if scale is None and divisor:
+        scale = 1.0 / divisor
+    softcap = getattr(target_config, "final_logit_softcapping", None)
+    return None if scale in (None, 1.0) else float(scale), None if softcap is None else float(softcap)
