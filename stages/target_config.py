@@ -4,6 +4,8 @@ from typing import Any
 
 from stages.errors import SettingError
 
+DEFAULT_MAX_LENGTH = 4096
+
 
 def default_layers(num_target_layers: int) -> tuple[int, ...]:
     """Five ids spread evenly from 1 to N-3 (the reference recipe: 1, 9, 17, 25, 33 of 36), fewer for a small target."""
@@ -25,6 +27,19 @@ def check_layers(layers: tuple[int, ...], *, num_target_layers: int, key: str) -
             f"{key}: {wrong} out of range; the target has {num_target_layers} layers, "
             f"so ids run from -1 (embeddings) to {num_target_layers - 1}"
         )
+
+
+def choose_max_length(wanted: int | None, target_config: Any) -> int:
+    """Tokens a sample at most: what the config wants, or 4096 (the reference recipe) where the target has as many.
+
+    Raises SettingError for more than the target has positions.
+    """
+    positions = getattr(target_config, "max_position_embeddings", None)
+    if wanted is None:
+        return min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
+    if positions and wanted > positions:
+        raise SettingError(f"data.max_length: expected at most the target's {positions} positions, got {wanted}")
+    return wanted
 
 
 def logit_transform(target_config: Any) -> tuple[float | None, float | None]:

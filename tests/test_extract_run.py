@@ -248,6 +248,12 @@ def test_layer_ids_out_of_range(tmp_path: Path) -> None:
         extract(make_config(tmp_path, cache__layers=[1, 9]))
 
 
+def test_the_length_is_bounded_by_the_targets_positions(tmp_path: Path) -> None:
+    assert extract(make_config(tmp_path)).plan.manifest.identity.max_length == 1024
+    with pytest.raises(ValueError, match=r"data\.max_length: expected at most the target's 1024 positions, got 4000"):
+        extract(make_config(tmp_path, data__max_length=4000))
+
+
 def test_no_such_target(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     missing = config.target.model_copy(update={"model": "./nowhere"})

@@ -231,7 +231,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_samples(cached: Path, tmp_path
 
 
 def test_the_cache_is_held_against_the_config(cached: Path, tmp_path: Path) -> None:
-    with pytest.raises(CacheIdentityError, match="max_length: cache has 4096, this run has 99"):
+    with pytest.raises(CacheIdentityError, match="max_length: cache has 1024, this run has 99"):
         train_draft(make_config(cached, data__max_length=99, train__run_dir=tmp_path / "run"))
     with pytest.raises(SettingError, match=r"\[2\] are not in the cache, which stores \[-1, 1, 3\]"):
         train_draft(make_config(cached, draft__target_layer_ids=[1, 2], train__run_dir=tmp_path / "run"))

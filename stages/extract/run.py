@@ -22,7 +22,7 @@ from stages.extract.samples import SampleCounts, plan_samples
 from stages.extract.self_check import check_batching, check_head
 from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
 from stages.extract.tokenize import SampleTokenizer
-from stages.target_config import check_layers, default_layers, logit_transform
+from stages.target_config import check_layers, choose_max_length, default_layers, logit_transform
 from storage import (
     CacheHeader,
     CacheIdentity,
@@ -54,12 +54,16 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Everything known before a token is read: the target's folder, config and tokenizer, the files, the identity."""
+    """Everything known before a token is read: the target's folder, config and tokenizer, the files, the identity.
+
+    `data` is the config's section with `max_length` filled in.
+    """
 
     folder: Path
     config: Any
     tokenizer: Any
     files: tuple[str, ...]
+    data: DataSection
     header: CacheHeader
 
 
@@ -92,6 +96,7 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     num_layers = config.num_hidden_layers
     layers = settings.cache.layers or default_layers(num_layers)
     check_layers(layers, num_target_layers=num_layers, key="cache.layers")
+    max_length = choose_max_length(data.max_length, config)
     files = tuple(expand_files(data.files))
     scale, softcap = logit_transform(config)
     identity = CacheIdentity(
@@ -102,7 +107,7 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
         data_digest=digest_files(files),
         layers=layers,
         dtype=target.dtype,
-        **configured_identity(settings),
+        **(configured_identity(settings) | {"max_length": max_length}),
     )
     header = CacheHeader(
         identity=identity,
@@ -121,16 +126,17 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
             "transformers": transformers.__version__,
         },
     )
-    return Inputs(folder=folder, config=config, tokenizer=tokenizer, files=files, header=header)
+    data = data.model_copy(update={"max_length": max_length})
+    return Inputs(folder=folder, config=config, tokenizer=tokenizer, files=files, data=data, header=header)
 
 
 def configured_identity(settings: Settings) -> dict[str, Any]:
     """The fields of the identity that the config alone decides, without the target or the data at hand."""
-    return {
+    length = {} if settings.data.max_length is None else {"max_length": settings.data.max_length}
+    return length | {
         "encoding": settings.cache.encoding,
         "shard_bytes": settings.cache.shard_bytes,
         "attn_implementation": settings.target.attn_implementation,
-        "max_length": settings.data.max_length,
         "overlong": settings.data.overlong,
         "supervise": settings.data.supervise,
         "min_supervised_tokens": settings.data.min_supervised_tokens,
@@ -143,7 +149,7 @@ def iterate_samples(inputs: Inputs, settings: Settings, *, counts: SampleCounts)
     """The samples of the cache in source order; `counts` says afterwards what was left out and why."""
     eos = targets.eos_token_ids(inputs.folder, inputs.config)
     tokenizer = SampleTokenizer(inputs.tokenizer, supervise=settings.data.supervise, eos_token_ids=eos)
-    return plan_samples(read_rows(inputs.files), tokenizer=tokenizer, data=settings.data, counts=counts)
+    return plan_samples(read_rows(inputs.files), tokenizer=tokenizer, data=inputs.data, counts=counts)
 
 
 def estimate(settings: Settings) -> tuple[Price, SampleCounts]:

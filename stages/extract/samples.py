@@ -92,6 +92,7 @@ def _plan_sample(
 ) -> PlannedSample | None:
     if row.value is None:
         raise BadRowError(row.error or "unreadable")
+    assert data.max_length is not None, "filled in by whoever knows the target"
     tokens = tokenizer(parse_row(row.value))
     input_ids, loss_mask = tokens.input_ids, tokens.loss_mask
     if len(input_ids) > data.max_length:

@@ -30,8 +30,8 @@ class DataSection(Section):
 
     files: tuple[str, ...] = Field(min_length=1)
     """JSONL (also .gz, .zst) or Parquet files: paths, globs, `hf://` or `s3://` addresses, or `embedded`."""
-    max_length: int = Field(default=4096, ge=2)
-    """Tokens a sample at most."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Tokens a sample at most. Default: 4096, or the target's positions where it has fewer."""
     overlong: Literal["truncate", "drop"] = "truncate"
     """What happens to a sample longer than `max_length`; both are counted."""
     supervise: Literal["all", "last"] = "all"
