@@ -183,10 +183,9 @@ def _train(settings: Config) -> None:
     from pipeline import stage_two
 
     run_dir = settings.train.run_dir
-    saved = run_dir / "config.toml"
-    if not saved.exists():  # a refused resume must not overwrite what the run was made from
+    if not (run_dir / "checkpoints").exists():  # a refused resume must not overwrite what the run was made from
         run_dir.mkdir(parents=True, exist_ok=True)
-        saved.write_text(to_toml(settings), encoding="utf-8")
+        (run_dir / "config.toml").write_text(to_toml(settings), encoding="utf-8")
     result = stage_two.train_draft(settings)
     if result.was_complete:
         console.print(f"{run_dir} is trained already ({result.num_steps} steps); set train.run_dir for a new run")

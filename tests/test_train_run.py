@@ -302,3 +302,16 @@ def test_the_run_folder_says_what_it_was_made_from(cached: Path, tmp_path: Path)
     with CacheReader(config.cache.path) as reader:
         assert made_from["cache.identity"] == reader.identity.digest()
     assert made_from["train.seed"] == 0
+
+
+def test_tensorboard_has_the_curves(cached: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_config(cached, train__run_dir=tmp_path / "run", train__max_steps=3)
+    train_draft(config)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    logged = {"train/loss": [loss for _, loss, _ in losses(tmp_path / "run")]}
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged["train/loss"])
+    assert {"validation/tau", "train/accept_rate_per_pos/3", "train/grad_norm"} <= set(events.Tags()["scalars"])

@@ -72,6 +72,9 @@ class MetricsLog:
         for key, value in row.items():
             if isinstance(value, float):
                 self._board.add_scalar(f"{kind}/{key}", value, row["step"])
+            elif isinstance(value, list | tuple):
+                for slot, item in enumerate(value):
+                    self._board.add_scalar(f"{kind}/{key}/{slot}", item, row["step"])
 
     def close(self) -> None:
         self._stream.close()
