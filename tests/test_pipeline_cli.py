@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from pipeline.cli import main
 from pipeline.config import to_toml
+from storage import bytes_per_token
 from tiny_target import make_config
 
 ROOT = Path(__file__).parent.parent
@@ -139,3 +140,10 @@ def test_the_readme_names_every_config_section_and_file() -> None:
         for file in (ROOT / package).rglob("*.py"):
             if file.name != "__init__.py":
                 assert re.search(rf"\b{re.escape(file.name)}\b", README), f"{file} is not in the README's file tree"
+
+
+@pytest.mark.parametrize(("name", "hidden_size"), [("Qwen3-4B", 2560), ("Qwen3-8B", 4096), ("Qwen3-14B", 5120)])
+def test_the_readme_cost_table_is_computed(name: str, hidden_size: int) -> None:
+    token_bytes = bytes_per_token(num_layers=5, hidden_size=hidden_size, encoding="bf16")
+    small, large = token_bytes * 100_000 * 1_000 / 1e12, token_bytes * 1.24e9 / 1e12
+    assert f"| {name} | {token_bytes:,} | {small:.1f} TB | {large:.1f} TB |" in README
