@@ -38,8 +38,10 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (ConfigError, CacheError, StageError) as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:  # no permission, a file where a folder should be, no such file
+            raise click.ClickException(f"{error}") from error
         except KeyboardInterrupt:
-            click.echo("interrupted; the same command continues where this one stopped", err=True)
+            click.echo("interrupted; the same command continues from the last shard or checkpoint", err=True)
             sys.exit(130)
 
 
@@ -169,7 +171,8 @@ def _load(file: Path, overrides: tuple[str, ...]) -> Config:
 
 
 def _cache_path(config: Path, overrides: tuple[str, ...]) -> Path:
-    return config if config.is_dir() else load_config(config, overrides).cache.path
+    """`config` itself where it is a folder, or no TOML file."""
+    return load_config(config, overrides).cache.path if config.suffix == ".toml" else config
 
 
 def _extract(settings: Config) -> None:
@@ -197,7 +200,7 @@ def _evaluate(settings: Config, *, draft: Path | None = None) -> None:
 
     draft_dir = draft or settings.train.run_dir / "draft"
     evaluation = stage_two.evaluate_draft(settings, draft_dir=draft_dir)
-    file = draft_dir.parent / "evaluation.json"
+    file = (draft_dir.parent if draft is None else draft) / "evaluation.json"
     file.write_text(json.dumps(evaluation.to_json(), indent=2), encoding="utf-8")
     show.evaluation(console, evaluation, draft_dir=draft_dir, file=file, cache_path=settings.cache.path)
 

@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Config(Section):
     sweep: SweepSection | None = None
 
 
-def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     """Read `file`, apply `section.key=value` overrides (TOML values), and check everything that needs no other file.
 
     Raises ConfigError.
@@ -52,10 +52,10 @@ def load_config(file: Path, overrides: Iterable[str] = ()) -> Config:
     except FileNotFoundError as error:
         raise ConfigError(f"{file}: no such config file; configs/ has examples") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{file}: {error}") from error
+        raise ConfigError(f"{file}: {error}; strings need quotes") from error
     for override in overrides:
         _apply_override(tables, override)
-    return parse_config(tables, where=str(file))
+    return parse_config(tables, where=f"{file} with --set" if overrides else str(file))
 
 
 def parse_config(tables: dict[str, Any], *, where: str) -> Config:
@@ -100,8 +100,9 @@ def _describe(problem: Any) -> str:
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
         return f"unknown key {key}{hint}"
     if problem["type"] == "missing":
-        return f"{key} is required"
-    return f"{key}: {problem['msg']}, got {problem['input']!r}"
+        return f"{key} is required (three lines are enough: target.model, data.files, cache.path)"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, got {problem['input']!r}"
 
 
 def _known_keys(location: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from stages.errors import SettingError
 from stages.evaluate.cached import CacheEvaluation
 from stages.extract.price import Price
 from stages.extract.run import ExtractResult
@@ -22,6 +23,8 @@ def price(console: Console, price: Price, counts: SampleCounts) -> None:
     table = _table("price of the cache")
     table.add_row("samples", f"{price.num_samples:,} of {counts.num_rows:,} rows")
     table.add_row("tokens", f"{price.num_tokens:,} ({price.num_supervised:,} supervised)")
+    table.add_row("layers", f"{', '.join(map(str, price.layers))} and the last state")
+    table.add_row("tokens a sample", f"{price.max_length:,} at most")
     table.add_row("bytes a token", f"{price.bytes_per_token:,}")
     table.add_row("total", _bytes(price.num_bytes))
     table.add_row("free disk", _bytes(price.num_free_bytes) + ("" if price.fits else "  [red]does not fit[/red]"))
@@ -54,8 +57,7 @@ def evaluation(console: Console, evaluation: CacheEvaluation, *, draft_dir: Path
         token_bytes = reader.manifest.header.token_bytes
     table = _table("held-out acceptance, measured from the cache")
     table.add_row("tau", f"{evaluation.tau:.3f}  (95 % interval {evaluation.tau_low:.3f} to {evaluation.tau_high:.3f})")
-    rates = "  ".join(f"{rate:.3f}" for rate in evaluation.accept_rate_per_pos)
-    table.add_row("acceptance by slot", rates)
+    table.add_row("acceptance by slot", "  ".join(f"{rate:.3f}" for rate in evaluation.accept_rate_per_pos))
     table.add_row("top-1 agreement", f"{evaluation.top1_agreement:.3f}")
     table.add_row("cross-entropy", f"{evaluation.cross_entropy:.3f} nats")
     if evaluation.confidence_ece is not None:
@@ -86,7 +88,7 @@ def cache(console: Console, path: Path) -> None:
         manifest, lengths = reader.manifest, reader.num_tokens
         table = _table(f"cache {path}")
         for name, value in manifest.identity.model_dump().items():
-            table.add_row(name, str(value))
+            table.add_row(name, str(value)[:12] if name.endswith("_digest") else str(value))
         for name, value in sorted(manifest.header.provenance.items()):
             table.add_row(f"made from: {name}", value)
         plan = manifest.plan
@@ -98,7 +100,7 @@ def cache(console: Console, path: Path) -> None:
         quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]).astype(int)
         table.add_row("tokens a sample", "min {} | 25 % {} | median {} | 75 % {} | max {}".format(*quantiles))
         for reason, count in plan.dropped.items():
-            table.add_row(reason, f"{count:,}")
+            table.add_row("left out or cut", f"{count:,} x {reason}")
     console.print(table)
 
 
@@ -106,21 +108,24 @@ def runs(console: Console, folders: Sequence[Path]) -> None:
     """Evaluated runs, the best tau first."""
     rows = []
     for folder in folders:
+        if not folder.is_dir():
+            raise SettingError(f"{folder}: no such run; name folders that dspark train made")
         file = folder / "evaluation.json"
         rows.append((folder, json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None))
-    table = Table("run", "tau", "95 % interval", "acceptance by slot", "top-1", "ECE", title="held-out acceptance")
+    table = Table("tau", "95 % interval", "accept by slot", "top-1", "ECE", title="held-out acceptance")
+    table.add_column("run", overflow="fold")
     for folder, numbers in sorted(rows, key=lambda row: -(row[1] or {"tau": 0.0})["tau"]):
         if numbers is None:
-            table.add_row(str(folder), "not evaluated")
+            table.add_row("none", "", "", "", "", str(folder))
             continue
-        ece = numbers["confidence_ece"]
+        ece, rates = numbers["confidence_ece"], numbers["accept_rate_per_pos"]
         table.add_row(
-            str(folder),
             f"{numbers['tau']:.3f}",
             f"{numbers['tau_low']:.3f} to {numbers['tau_high']:.3f}",
-            " ".join(f"{rate:.2f}" for rate in numbers["accept_rate_per_pos"]),
+            f"{rates[0]:.2f} .. {rates[-1]:.2f}",
             f"{numbers['top1_agreement']:.3f}",
             "" if ece is None else f"{ece:.3f}",
+            str(folder),
         )
     console.print(table)
 
@@ -142,4 +147,4 @@ def _bytes(count: int) -> str:
 def _hours(hours: float) -> str:
     if hours >= 1:
         return f"{hours:,.1f} hours"
-    return f"{hours * 60:,.1f} minutes" if hours * 60 >= 1 else f"{hours * 3600:,.0f} seconds"
+    return f"{hours * 60:,.1f} minutes" if hours * 60 >= 1 else f"{max(hours * 3600, 1):,.0f} seconds"

@@ -1,11 +1,14 @@
 """Stage one as the command line runs it: config sections to `stages.extract`'s settings."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from pipeline.config import Config
 from stages.extract import run
 from stages.extract.price import Price
 from stages.extract.samples import SampleCounts
+from stages.train.config import build_draft_config
 
 
 def settings_of(config: Config) -> run.Settings:
@@ -19,11 +22,21 @@ def settings_of(config: Config) -> run.Settings:
     )
 
 
+def check_draft(config: Config, target_config: Any) -> None:
+    """Raises SettingError, before anything is computed, for a target that the config's draft cannot be built for."""
+    build_draft_config(
+        target_config,
+        mask_token_id=0,
+        target_layer_ids=config.draft.target_layer_ids,
+        intermediate_size=config.draft.intermediate_size,
+    )
+
+
 def estimate(config: Config) -> tuple[Price, SampleCounts]:
     """Price the extraction; nothing is written and no weights are read."""
-    return run.estimate(settings_of(config))
+    return run.estimate(settings_of(config), check_target=partial(check_draft, config))
 
 
 def extract(config: Config, *, show_price: Callable[[Price, SampleCounts], None]) -> run.ExtractResult:
     """Plan and compute what the cache lacks."""
-    return run.extract(settings_of(config), show_price=show_price)
+    return run.extract(settings_of(config), check_target=partial(check_draft, config), show_price=show_price)

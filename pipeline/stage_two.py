@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from pipeline.config import Config
 from pipeline.stage_one import settings_of
@@ -21,6 +22,8 @@ from stages.train.loop import compute_dtype
 from stages.train.module import SlotScores
 from stages.train.run import TrainResult, objective_arguments, train
 from storage import CacheIdentity, CacheReader, check_identity
+
+COMPARED_ROWS = 256  # of the embeddings of draft and target; no two trained targets share so many
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +85,23 @@ def evaluate_draft(config: Config, *, draft_dir: Path) -> CacheEvaluation:
         raise SettingError(f"{draft_dir}: no draft here; train one first, or name its folder with --draft")
     model = Qwen3DSparkModel.from_pretrained(draft_dir, dtype=torch.float32)
     reader = open_cache(config, layers=tuple(model.config.target_layer_ids))
+    _check_same_target(model, reader, draft_dir=draft_dir)
     module = DSparkTrainerModule(model.to(choose_device(config.train.device)), **objective_arguments(config.objective))
     return _score_split(config, module, reader=reader)
+
+
+def _check_same_target(model: Qwen3DSparkModel, reader: CacheReader, *, draft_dir: Path) -> None:
+    """The draft carries its target's embedding: it must be the cache's. Raises SettingError."""
+    with safe_open(reader.target_dir / "head.safetensors", framework="pt") as head:
+        rows = head.get_slice("embed_tokens.weight")
+        own = model.embed_tokens.weight
+        stored = rows[:COMPARED_ROWS].float()
+        same_shape = list(rows.get_shape()) == list(own.shape)
+        if not same_shape or not torch.allclose(stored, own[:COMPARED_ROWS].float(), rtol=1e-2, atol=1e-3):
+            raise SettingError(
+                f"{draft_dir}: this draft was trained for another target than that of {reader.path}: their "
+                "embeddings differ; evaluate it on the cache that it was trained from"
+            )
 
 
 def export_draft(checkpoint: Path, out: Path, *, dtype: str) -> None:

@@ -54,6 +54,22 @@ def test_a_file_cut_short_is_an_error_with_its_name(tmp_path: Path) -> None:
             list(read_rows([str(tmp_path / name)]))
 
 
+def test_odd_numbers_and_bytes_are_bad_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [' + "9" * 5000 + ']}\n{"text": "good"}\n')
+    rows = list(read_rows([str(tmp_path / "a.jsonl")]))
+    assert [row.value for row in rows] == [None, {"text": "good"}]
+    broken = pa.array([b"good", b"\xff\xfe"]).view(pa.string())
+    pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
+    rows = list(read_rows([str(tmp_path / "a.parquet")]))
+    assert rows[0].value == {"text": "good"}
+    assert "invalid UTF-8" in (rows[1].error or "")
+
+
+def test_an_address_that_cannot_be_reached_is_named() -> None:
+    with pytest.raises(DataError, match=r"nosuchprotocol://bucket/a\.jsonl"):
+        expand_files(["nosuchprotocol://bucket/a.jsonl"])
+
+
 def test_patterns_expand_sorted_and_must_match_once(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl"):
         (tmp_path / name).write_text("{}\n")
@@ -116,6 +132,8 @@ def test_content_parts_and_tool_turns() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "not text"),
         ({"text": ""}, "non-empty"),
         ({"text": 7}, "non-empty"),
+        ({"text": "a\ud800"}, "lone surrogate"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}, ANSWER]}, "lone surrogate"),
         ({"input_ids": [1, 2]}, "without loss_mask"),
         ({"input_ids": [1, 2], "loss_mask": [1]}, "differ in length"),
         ({"input_ids": [1, -2], "loss_mask": [1, 1]}, "from 0"),

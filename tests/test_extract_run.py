@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.config import Config, to_toml
 from pipeline.stage_one import settings_of
@@ -85,8 +87,6 @@ def test_the_cache_equals_a_fresh_forward_bit_for_bit(tmp_path: Path, encoding: 
 
 
 def test_the_cached_head_gives_the_targets_logits(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     config = make_config(tmp_path)
     extract(config)
     parts = load_target(Path(config.target.model), target=config.target, device=torch.device("cpu"))
@@ -243,6 +243,51 @@ def test_a_broken_target_is_named(tmp_path: Path, break_it: Any, message: str) -
     break_it(Path(config.target.model))
     with pytest.raises(TargetError, match=message):
         extract(config)
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("model.layers.2.mlp.gate_proj.weight"),
+        lambda tensors: tensors.pop("lm_head.weight"),
+        lambda tensors: tensors.update({"model.layers.2.mlp.gate_proj.weight": torch.zeros(2, 2)}),
+        lambda tensors: tensors.update({"model.layers.4.mlp.gate_proj.weight": torch.zeros(48, 32)}),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_not_made_up(tmp_path: Path, change: Any) -> None:
+    config = make_config(tmp_path)
+    change_tensors(Path(config.target.model), change)
+    with pytest.raises(TargetError, match=r"1 tensors, the first of them (model\.layers|lm_head)|cannot be loaded"):
+        extract(config)
+    assert not (config.cache.path / "manifest.json").exists()
+
+
+def test_the_quarantine_limit_counts_what_earlier_runs_excluded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that stops has committed shards; running it again must not walk around the limit."""
+    config = make_config(tmp_path, num_chats=90, extract__max_quarantined_fraction=0.02)
+    loose = config.extract.model_copy(update={"max_quarantined_fraction": 0.5})
+    with monkeypatch.context() as patch:
+        poison(patch, 1)  # every chat has the token that opens a message
+        with pytest.raises(run.QuarantineError):
+            extract(config.model_copy(update={"extract": loose}))
+    committed = len(list((config.cache.path / "commits").glob("*.json")))
+    assert committed > 0
+    with pytest.raises(run.QuarantineError):  # although nothing that is still to be computed is poisoned
+        extract(config)
+    assert len(list((config.cache.path / "commits").glob("*.json"))) == committed
+
+
+def test_a_mask_token_that_the_data_contains(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"contains the mask token 2; choose another draft\.mask_token_id"):
+        extract(make_config(tmp_path, draft__mask_token_id=2))
 
 
 def test_layer_ids_out_of_range(tmp_path: Path) -> None:

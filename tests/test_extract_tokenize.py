@@ -22,6 +22,15 @@ THINKING = (
     "{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Qwen3's rule: thinking is cut from every answer before the last question.
+CUTS_THINKING = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% set content = m['content'] %}{% if m['role'] == 'assistant' %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{% if loop.index0 > ns.last %}{% set content = '<think>\n\n</think>\n\n' + content %}{% endif %}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 # The prompt ends in something that no finished turn contains.
 OPENS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -100,6 +109,95 @@ def test_the_quoted_answer_in_a_question_is_not_supervised() -> None:
         ]
     )
     assert spans(tokenizer, tokenize(tokenizer, chat)) == ["yes<|im_end|>", "<think>\n\n</think>\n\nyes<|im_end|>"]
+
+
+def chat(*turns: tuple[str, str]) -> Chat:
+    return Chat(messages=[{"role": role, "content": content} for role, content in turns])
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        # thinking is cut from an earlier turn, and the user quotes it
+        (
+            (
+                ("user", "q"),
+                ("assistant", "<think>a</think>four"),
+                ("user", "you wrote <think>a</think>four, why?"),
+                ("assistant", "because"),
+            ),
+            ["four<|im_end|>", "<think>\n\n</think>\n\nbecause<|im_end|>"],
+        ),
+        # an earlier answer ends in white space
+        (
+            (("user", "q"), ("assistant", "Here is the code.\n"), ("user", "z"), ("assistant", "fine")),
+            ["Here is the code.\n<|im_end|>", "<think>\n\n</think>\n\nfine<|im_end|>"],
+        ),
+        # an earlier answer is empty; the next question begins like the one that is put in its place
+        (
+            (("user", "q"), ("assistant", ""), ("user", "a b"), ("assistant", "c")),
+            ["<|im_end|>", "<think>\n\n</think>\n\nc<|im_end|>"],
+        ),
+    ],
+)
+def test_turns_that_look_different_once_they_are_history(turns: Any, expected: list[str]) -> None:
+    tokenizer = make_tokenizer(CUTS_THINKING)
+    assert spans(tokenizer, tokenize(tokenizer, chat(*turns))) == expected
+
+
+@pytest.mark.parametrize("template", [None, WITHOUT_MARKERS])
+def test_a_leading_assistant_turn_has_no_header_in_its_span(template: str | None) -> None:
+    tokenizer = make_tokenizer(template)
+    row = chat(("assistant", "I begin."), ("user", "Well?"), ("assistant", "Done."))
+    assert spans(tokenizer, tokenize(tokenizer, row)) == ["I begin.<|im_end|>", "Done.<|im_end|>"]
+
+
+def test_a_template_without_generation_prompt_is_taken_only_where_nothing_precedes_the_answer() -> None:
+    bare = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[Q] ' + m['content'] + ' [/Q]' }}"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(bare)
+    row = chat(("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
+    assert spans(tokenizer, tokenize(tokenizer, row)) == ["two<|im_end|>", "four<|im_end|>"]
+    headed = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    with pytest.raises(BadRowError, match="no generation prompt"):
+        tokenize(make_tokenizer(headed), row)
+
+
+def test_an_answer_that_shares_letters_with_an_opened_thinking_block_is_whole() -> None:
+    tokenizer = make_tokenizer(OPENS_THINKING)
+    assert spans(tokenizer, tokenize(tokenizer, chat(("user", "q"), ("assistant", "<thing> is it")))) == [
+        "<thing> is it<|im_end|>"
+    ]
+
+
+def test_tool_calls_must_be_rendered() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look_up", "arguments": "{}"}}]}
+    row = Chat(messages=[{"role": "user", "content": "q"}, call])
+    with pytest.raises(BadRowError, match="tool calls that the chat template does not render"):
+        tokenize(make_tokenizer(), row)
+    aware = WITHOUT_MARKERS.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] }}{% for c in m['tool_calls'] or [] %}{{ c.function.name }}(){% endfor %}",
+    )
+    tokenizer = make_tokenizer(aware)
+    assert spans(tokenizer, tokenize(tokenizer, row)) == ["look_up()<|im_end|>"]
+
+
+def test_a_tokenizer_with_several_templates() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": WITHOUT_MARKERS, "tool_use": WITHOUT_MARKERS}
+    assert spans(tokenizer, tokenize(tokenizer, CHAT))[0] == "First answer one.<|im_end|>"
+    tokenizer.chat_template = {"rag": WITHOUT_MARKERS, "tool_use": WITHOUT_MARKERS}
+    with pytest.raises(DataError, match=r"none named default"):
+        tokenize(tokenizer, CHAT)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages[99].content }}", "{% include 'x' %}"])
+def test_whatever_a_template_raises_is_a_bad_row(template: str) -> None:
+    with pytest.raises(BadRowError, match="chat template: "):
+        tokenize(make_tokenizer(template), CHAT)
 
 
 def test_a_template_that_rewrites_history_is_refused_and_not_guessed() -> None:

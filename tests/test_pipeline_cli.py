@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.cli import main
 from pipeline.config import to_toml
 from storage import bytes_per_token
-from tiny_target import make_config
+from tiny_target import make_config, save_tiny_target
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -91,6 +93,9 @@ def test_verify_names_the_damage_and_fails(config_file: Path, tmp_path: Path) ->
         (["extract", "CONFIG", "--set", "target.model=./nowhere"], "no folder './nowhere'"),
         (["extract", "CONFIG", "--set", "extract.device=cuda:99"], "cuda"),
         (["evaluate", "CONFIG", "--draft", "nowhere"], "no draft here"),
+        (["report", "nowhere"], "nowhere: no such run"),
+        (["verify", "nowhere"], "nowhere"),
+        (["train", "CONFIG", "--set", "train.run_dir='/dev/null/run'"], "/dev/null"),
     ],
 )
 def test_errors_are_one_message_without_a_traceback(config_file: Path, arguments: list[str], message: str) -> None:
@@ -99,6 +104,34 @@ def test_errors_are_one_message_without_a_traceback(config_file: Path, arguments
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit), result.exception
     assert f"Error: {message}" in result.output or message in result.output.rsplit("Error: ", 1)[-1]
+
+
+def test_a_draft_of_another_target_is_not_evaluated(config_file: Path, tmp_path: Path) -> None:
+    dspark("train", "--extract", config_file)
+    other = make_config(tmp_path)
+    save_tiny_target(Path(other.target.model), seed=1)
+    other_file = tmp_path / "config.toml"
+    other_file.write_text(to_toml(other))
+    dspark("extract", other_file)
+    draft = config_file.parent / "run" / "draft"
+    refused = dspark("evaluate", other_file, "--draft", draft, ok=False).output
+    assert "trained for another target" in refused
+    assert not (draft / "evaluation.json").exists()
+    dspark("evaluate", config_file, "--draft", draft)
+    assert (draft / "evaluation.json").is_file()
+
+
+def test_a_target_that_no_draft_fits_is_refused_before_extraction(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=4096, n_embd=32, n_layer=4, n_head=2, n_positions=1024)
+    save_tiny_target(target)
+    GPT2LMHeadModel(config).save_pretrained(target)
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(make_config(tmp_path)))
+    assert "set draft.intermediate_size" in dspark("extract", file, ok=False).output
+    assert not (tmp_path / "cache").exists()
+    dspark("train", "--extract", file, "--set", "draft.intermediate_size=64")
 
 
 def readme_commands() -> list[str]:

@@ -79,9 +79,9 @@ def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
         load_config(write(tmp_path, '[target]\nmodle = "a/b"\n[data]\nfiles = ["a"]\n'))
     lines = str(error.value).splitlines()
     assert [line.split(": ", 1)[1] for line in lines] == [
-        "target.model is required",
+        "target.model is required (three lines are enough: target.model, data.files, cache.path)",
         "unknown key target.modle; did you mean model?",
-        "cache is required",
+        "cache is required (three lines are enough: target.model, data.files, cache.path)",
     ]
 
 

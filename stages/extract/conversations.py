@@ -57,7 +57,7 @@ def parse_row(value: dict[str, Any]) -> Chat | Text | Tokens:
     if "text" in value:
         if not isinstance(value["text"], str) or not value["text"].strip():
             raise BadRowError("text: expected a non-empty string")
-        return Text(text=value["text"])
+        return Text(text=_parse_text(value["text"]))
     raise BadRowError("no column messages, conversations, text or input_ids")
 
 
@@ -93,15 +93,23 @@ def _parse_message(raw: Any) -> dict[str, Any]:
 
 def _parse_content(content: Any) -> str:
     if isinstance(content, str):
-        return content
+        return _parse_text(content)
     if isinstance(content, list):
         parts = []
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise BadRowError("content part that is not text")
-            parts.append(part["text"])
+            parts.append(_parse_text(part["text"]))
         return "".join(parts)
     raise BadRowError(f"content: expected a string, got {type(content).__name__}")
+
+
+def _parse_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError("text with a lone surrogate, which no encoding has") from error
+    return text
 
 
 def _parse_tools(raw: Any) -> list[Any] | None:

@@ -25,6 +25,8 @@ class Price:
     num_forward_parameters: int
     hours: float
     device: str
+    layers: tuple[int, ...]
+    max_length: int
 
     @property
     def fits(self) -> bool:

@@ -42,10 +42,7 @@ def expand_files(patterns: Iterable[str]) -> list[str]:
     """
     files: list[str] = []
     for pattern in patterns:
-        if "://" in pattern:
-            found = sorted(file.full_name for file in fsspec.open_files(pattern, mode="rb"))
-        else:
-            found = sorted(glob.glob(pattern, recursive=True))
+        found = _expand_address(pattern) if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise DataError(f"data.files: nothing matches {pattern!r}; give a file, a glob or an fsspec address")
         files.extend(found)
@@ -53,6 +50,13 @@ def expand_files(patterns: Iterable[str]) -> list[str]:
     if twice:
         raise DataError(f"data.files: named more than once: {', '.join(twice)}; every file is read once")
     return files
+
+
+def _expand_address(pattern: str) -> list[str]:
+    try:
+        return sorted(file.full_name for file in fsspec.open_files(pattern, mode="rb"))
+    except Exception as error:  # each file system has error families of its own: no network, no permission, no package
+        raise DataError(f"data.files: {pattern!r} cannot be listed: {error}") from error
 
 
 def digest_files(files: Iterable[str]) -> str:
@@ -79,7 +83,7 @@ def read_rows(files: Iterable[str]) -> Iterator[Row]:
 def _open(file: str, *, decompress: bool = True) -> IO[bytes]:
     try:
         stream: IO[bytes] = fsspec.open(file, "rb", compression="infer" if decompress else None).open()
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # as above
         raise DataError(f"{file}: cannot be opened: {error}") from error
     return stream
 
@@ -100,7 +104,7 @@ def _read_jsonl(file: str) -> Iterator[Row]:
                 continue
             try:
                 value = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # also invalid UTF-8, and numbers of thousands of digits
                 detail = getattr(error, "msg", None) or type(error).__name__
                 yield Row(file=file, row=index, value=None, error=f"broken JSON: {detail}")
                 continue
@@ -115,9 +119,16 @@ def _read_parquet(file: str) -> Iterator[Row]:
     try:
         with _open(file) as stream, pq.ParquetFile(stream) as table:
             for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS):
-                for value in batch.to_pylist():
-                    present = {key: item for key, item in value.items() if item is not None}
-                    yield Row(file=file, row=index, value=present)
+                for position in range(batch.num_rows):
+                    yield _parquet_row(batch, position, file=file, row=index)
                     index += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: row {index}: not a readable Parquet file: {error}") from error
+
+
+def _parquet_row(batch: Any, position: int, *, file: str, row: int) -> Row:
+    try:
+        (value,) = batch.slice(position, 1).to_pylist()
+    except UnicodeDecodeError as error:
+        return Row(file=file, row=row, value=None, error=f"invalid UTF-8: {error.reason}")
+    return Row(file=file, row=row, value={key: item for key, item in value.items() if item is not None})

@@ -38,6 +38,8 @@ from storage import (
 
 SPACE_MARGIN_BYTES = 64 << 20  # what must stay free beside the cache: logs, checkpoints, the file system's own needs
 
+CheckTarget = Callable[[Any], None]
+
 logger = logging.getLogger(__name__)
 
 
@@ -149,12 +151,20 @@ def iterate_samples(inputs: Inputs, settings: Settings, *, counts: SampleCounts)
     """The samples of the cache in source order; `counts` says afterwards what was left out and why."""
     eos = targets.eos_token_ids(inputs.folder, inputs.config)
     tokenizer = SampleTokenizer(inputs.tokenizer, supervise=settings.data.supervise, eos_token_ids=eos)
-    return plan_samples(read_rows(inputs.files), tokenizer=tokenizer, data=inputs.data, counts=counts)
+    return plan_samples(
+        read_rows(inputs.files),
+        tokenizer=tokenizer,
+        data=inputs.data,
+        mask_token_id=inputs.header.mask_token_id,
+        counts=counts,
+    )
 
 
-def estimate(settings: Settings) -> tuple[Price, SampleCounts]:
-    """Tokenise everything and price the run; needs no weights and writes nothing."""
+def estimate(settings: Settings, *, check_target: CheckTarget | None = None) -> tuple[Price, SampleCounts]:
+    """Tokenise everything and price the run; needs no weights and writes nothing. Arguments as in `extract`."""
     inputs = describe_inputs(settings, with_weights=False)
+    if check_target is not None:
+        check_target(inputs.config)
     counts = SampleCounts()
     for _ in iterate_samples(inputs, settings, counts=counts):
         pass
@@ -178,22 +188,32 @@ def make_price(inputs: Inputs, settings: Settings, *, counts: SampleCounts) -> P
         bytes_per_token=inputs.header.token_bytes,
         num_bytes=counts.num_tokens * inputs.header.token_bytes,
         num_free_bytes=free_bytes(settings.cache.path),
+        layers=inputs.header.identity.layers,
+        max_length=inputs.header.identity.max_length,
         num_forward_parameters=parameters,
         hours=hours,
         device=str(device),
     )
 
 
-def extract(settings: Settings, *, show_price: Callable[[Price, SampleCounts], None] | None = None) -> ExtractResult:
+def extract(
+    settings: Settings,
+    *,
+    check_target: CheckTarget | None = None,
+    show_price: Callable[[Price, SampleCounts], None] | None = None,
+) -> ExtractResult:
     """Plan the cache if it is not planned, then compute and commit every shard that has no commit.
 
-    Raises CacheIdentityError when the folder holds a cache of something else, CacheSpaceError when the disk is too
-    small (before the target is loaded), TargetError, DataError, QuarantineError.
+    `check_target` may refuse the target's config before anything is done. Raises CacheIdentityError when the folder
+    holds a cache of something else, CacheSpaceError when the disk is too small (before the target is loaded),
+    TargetError, DataError, QuarantineError.
     """
     started = time.monotonic()
     # 1. What is asked for, and the plan: the one on disk, if it is of the same inputs.
     device = choose_device(settings.extract.device)
     inputs = describe_inputs(settings)
+    if check_target is not None:
+        check_target(inputs.config)
     load = functools.cache(functools.partial(targets.load_target, inputs.folder, target=settings.target, device=device))
     plan = read_plan(settings.cache.path)
     if plan is None:

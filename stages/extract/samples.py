@@ -14,7 +14,7 @@ from stages.extract.tokenize import SampleTokenizer
 from storage import PlannedSample, Split
 
 EXAMPLES_PER_REASON = 3
-MIN_ROWS_TO_JUDGE = 100  # before that many rows the share of bad ones says little, and the verdict waits for the end
+MIN_ROWS_TO_JUDGE = 1000  # before that many rows the share of bad ones says little, and the verdict waits for the end
 
 
 @dataclass
@@ -61,9 +61,11 @@ class SampleCounts:
 
 
 def plan_samples(
-    rows: Iterable[Row], *, tokenizer: SampleTokenizer, data: DataSection, counts: SampleCounts
+    rows: Iterable[Row], *, tokenizer: SampleTokenizer, data: DataSection, mask_token_id: int, counts: SampleCounts
 ) -> Iterator[PlannedSample]:
     """The samples of `rows` in their order, a pure function of the rows; `counts` is updated on the way.
+
+    A row that contains the mask token is bad: to the draft that token means a slot to be filled.
 
     Raises DataError when more than `data.max_bad_fraction` of the rows are bad, or when nothing is left at the end.
     """
@@ -72,6 +74,8 @@ def plan_samples(
         counts.num_rows += 1
         try:
             sample = _plan_sample(row, sample_id=sample_id, tokenizer=tokenizer, data=data, counts=counts)
+            if sample is not None and mask_token_id in sample.input_ids:
+                raise BadRowError(f"contains the mask token {mask_token_id}; choose another draft.mask_token_id")
         except BadRowError as error:
             counts.record(counts.bad, reason=str(error), row=row)
             if counts.num_rows >= MIN_ROWS_TO_JUDGE:

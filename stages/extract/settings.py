@@ -1,11 +1,16 @@
 """Config sections of stage one: `[target]`, `[data]`, `[cache]`, `[extract]`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from stages.section import Section
+from stages.section import Section, parse_layer_ids
+
+
+def _parse_files(files: Any) -> Any:
+    """One file may be written without the list around it."""
+    return (files,) if isinstance(files, str) else tuple(files) if isinstance(files, list) else files
 
 
 class TargetSection(Section):
@@ -28,8 +33,8 @@ class TargetSection(Section):
 class DataSection(Section):
     """The conversations."""
 
-    files: tuple[str, ...] = Field(min_length=1)
-    """JSONL (also .gz, .zst) or Parquet files: paths, globs, `hf://` or `s3://` addresses, or `embedded`."""
+    files: Annotated[tuple[str, ...], BeforeValidator(_parse_files)] = Field(min_length=1)
+    """JSONL (also .gz) or Parquet files: paths, globs, `hf://` or `s3://` addresses, or `embedded`."""
     max_length: int | None = Field(default=None, ge=2)
     """Tokens a sample at most. Default: 4096, or the target's positions where it has fewer."""
     overlong: Literal["truncate", "drop"] = "truncate"
@@ -62,12 +67,7 @@ class CacheSection(Section):
     checks: Literal["touch", "size"] = "touch"
     """`touch` verifies each chunk's crc32c when it is first read; `size` trusts file sizes."""
 
-    @field_validator("layers")
-    @classmethod
-    def _ascending(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if layers is not None and (not layers or list(layers) != sorted(set(layers)) or layers[0] < -1):
-            raise ValueError(f"expected ascending, distinct layer ids from -1 up, got {list(layers)}")
-        return layers
+    _ascending = field_validator("layers")(parse_layer_ids)
 
 
 class ExtractSection(Section):

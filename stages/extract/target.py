@@ -72,7 +72,7 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # validators of configs raise families of their own
         raise TargetError(f"{folder}/config.json: {error}") from error
     return config.get_text_config(decoder=True)
 
@@ -86,7 +86,10 @@ def load_tokenizer(folder: Path, *, target: TargetSection, chat_template: Path |
     except Exception as error:  # tokenizers raises plain Exception for a broken tokenizer.json
         raise TargetError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
     if chat_template is not None:
-        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TargetError(f"data.chat_template: {chat_template} cannot be read: {error}") from error
     return tokenizer
 
 
@@ -95,11 +98,21 @@ def eos_token_ids(folder: Path, config: Any) -> frozenset[int]:
     found = [getattr(config, "eos_token_id", None)]
     file = folder / "generation_config.json"
     if file.is_file():
-        found.append(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+        found.append(_read_json(file).get("eos_token_id"))
     flat: set[int] = set()
     for item in found:
         flat.update([item] if isinstance(item, int) else item or [])
     return frozenset(flat)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TargetError(f"{file}: broken JSON: {error}; fetch it again") from error
+    if not isinstance(content, dict):
+        raise TargetError(f"{file}: expected a JSON object, got {type(content).__name__}; fetch it again")
+    return content
 
 
 def digest_config(config: Any) -> str:
@@ -116,7 +129,7 @@ def digest_weights(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        named = set(_read_json(index).get("weight_map", {}).values())
         missing = sorted(named - {file.name for file in files})
         if missing:
             raise TargetError(f"{folder}: weights are missing: {', '.join(missing)}, named by {index.name}")
@@ -140,7 +153,10 @@ def _sample_safetensors(file: Path) -> bytes:
             raise TargetError(f"{file}: not a safetensors file or cut short at {size} bytes; fetch it again")
         header = stream.read(header_bytes)
         digest.update(header)
-        tensors = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
+        try:
+            tensors = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
+        except ValueError as error:
+            raise TargetError(f"{file}: its safetensors header is damaged: {error}; fetch it again") from error
         payload = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         if size != 8 + header_bytes + payload:
             raise TargetError(f"{file}: expected {8 + header_bytes + payload} bytes, got {size}; fetch it again")
@@ -174,10 +190,12 @@ def choose_mask_token(tokenizer: Any, *, vocab_size: int, wanted: int | None) ->
     used = set(tokenizer.get_vocab().values())
     free = next((token for token in range(vocab_size) if token not in used), None)
     if free is None:
-        special = sorted({token for token in tokenizer.all_special_ids if token < vocab_size})
+        unusual = tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder)
+        taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+        candidates = sorted({token for token in unusual if token < vocab_size} - taken)
         raise TargetError(
             "draft.mask_token_id: the tokenizer has no mask token and uses every id of the embedding; name an id that "
-            f"no conversation contains, for example one of the special tokens {special}"
+            f"no conversation contains, perhaps one of the special tokens {candidates[:20]}"
         )
     return free
 
@@ -211,20 +229,34 @@ def load_target(folder: Path, *, target: TargetSection, device: torch.device) ->
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, target.dtype),
             attn_implementation=target.attn_implementation,
             device_map=target.device_map,
             trust_remote_code=target.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:  # missing weights, a class that does not exist, an attention that is not installed
         raise TargetError(f"{folder}: the target cannot be loaded: {error}") from error
+    _check_loaded(report, folder=folder)
     if target.device_map is None:
         model.to(device)
     model.eval()
     return find_parts(model)
+
+
+def _check_loaded(report: dict[str, Any], *, folder: Path) -> None:
+    """transformers fills weights that the files lack with random ones; a cache of those would be silently wrong."""
+    missing = sorted({str(name) for kind in ("missing_keys", "mismatched_keys") for name in report.get(kind, ())})
+    strange = sorted(name for name in report.get("unexpected_keys", ()) if ".layers." in name or ".h." in name)
+    for names, problem in ((missing, "lack or misshape"), (strange, "have, but config.json leaves no place for,")):
+        if names:
+            raise TargetError(
+                f"{folder}: the weights {problem} {len(names)} tensors, the first of them {', '.join(names[:3])}; "
+                "config.json and the safetensors files do not belong together, or a file is incomplete"
+            )
 
 
 def find_parts(model: Any) -> TargetParts:
@@ -245,6 +277,10 @@ def find_parts(model: Any) -> TargetParts:
             lm_head = model.get_output_embeddings()
             if lm_head is None:
                 raise TargetError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
+            if getattr(lm_head, "bias", None) is not None:
+                raise TargetError(
+                    f"{type(model).__name__}: lm_head has a bias, which the drafts that servers load have no place for"
+                )
             return TargetParts(
                 model=model,
                 decoder=decoder,
@@ -272,7 +308,6 @@ def write_target(destination: Path, *, folder: Path, parts: TargetParts, tokeniz
         "embed_tokens.weight": parts.embed_tokens.weight,
         "lm_head.weight": parts.lm_head.weight,
         "norm.weight": parts.final_norm.weight,
-        "lm_head.bias": getattr(parts.lm_head, "bias", None),
         "norm.bias": getattr(parts.final_norm, "bias", None),
     }
     copies = {

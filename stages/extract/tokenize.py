@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from stages.extract.conversations import Chat, Text, Tokens
 from stages.extract.rows import BadRowError, DataError
@@ -23,10 +22,10 @@ class SampleTokenizer:
     def __init__(self, tokenizer: Any, *, supervise: str, eos_token_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._supervise = supervise
-        self._has_markers = bool(_GENERATION_MARKER.search(tokenizer.chat_template or ""))
         self._eos_token_ids = eos_token_ids | ({tokenizer.eos_token_id} - {None})
         if not tokenizer.is_fast:
             raise DataError("the target's tokenizer has no fast version, so loss masks cannot be aligned; provide one")
+        self._eos_texts = [tokenizer.decode([token]) for token in sorted(self._eos_token_ids)]
 
     def __call__(self, row: Chat | Text | Tokens) -> Tokens:
         """`input_ids` [T] int32 and `loss_mask` [T] uint8. Raises BadRowError."""
@@ -35,9 +34,9 @@ class SampleTokenizer:
         if isinstance(row, Text):
             ids = np.asarray(self._tokenizer(row.text)["input_ids"], dtype=np.int32)
             return Tokens(input_ids=ids, loss_mask=np.ones(len(ids), dtype=np.uint8))
-        if not self._tokenizer.chat_template:
-            raise DataError("the rows are chats, but the tokenizer has no chat template; set data.chat_template")
-        tokens = self._mask_by_markers(row) if self._has_markers else self._mask_by_offsets(row)
+        self._check_tool_calls(row)
+        has_markers = _GENERATION_MARKER.search(self._template(row))
+        tokens = self._mask_by_markers(row) if has_markers else self._mask_by_offsets(row)
         if not tokens.loss_mask.any():
             raise BadRowError("loss mask all zero: no assistant token found")
         if tokens.loss_mask.all():
@@ -50,10 +49,29 @@ class SampleTokenizer:
             raise BadRowError(f"token id outside the target's vocabulary of {len(self._tokenizer)}")
         return row
 
+    def _check_tool_calls(self, row: Chat) -> None:
+        """A template that ignores tool calls would teach the draft to answer nothing instead."""
+        calls = [call for message in row.messages for call in message.get("tool_calls", ())]
+        if calls:
+            text = self._render(row.messages, row, tokenize=False)
+            names = [call.get("function", call).get("name") for call in calls if isinstance(call, dict)]
+            if len(names) < len(calls) or not all(isinstance(name, str) and name in text for name in names):
+                raise BadRowError("tool calls that the chat template does not render")
+
+    def _template(self, row: Chat) -> str:
+        """The template's text; a tokenizer may have one more for rows with tools."""
+        try:
+            return str(self._tokenizer.get_chat_template(tools=row.tools))
+        except ValueError as error:
+            raise DataError(
+                "the rows are chats, but the tokenizer has no chat template, or none named default; "
+                "name a Jinja file in data.chat_template"
+            ) from error
+
     def _render(self, messages: list[dict[str, Any]], row: Chat, **options: Any) -> Any:
         try:
             return self._tokenizer.apply_chat_template(messages, tools=row.tools, **options)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template is a program: it can raise anything
             raise BadRowError(f"chat template: {_first_line(error)}") from error
 
     def _mask_by_markers(self, row: Chat) -> Tokens:
@@ -79,30 +97,70 @@ class SampleTokenizer:
         return Tokens(input_ids=ids, loss_mask=self._mask_of_spans(token_spans, num_tokens=len(ids)))
 
     def _find_spans(self, row: Chat, text: str) -> list[tuple[int, int]]:
-        """Character spans of the assistant turns, without the end-of-turn token where that cannot be told from text."""
-        spans: list[tuple[int, int]] = []
+        """Character spans of the assistant turns in the rendered chat, end-of-turn token included."""
+        spans = []
         for index, message in enumerate(row.messages):
-            if message["role"] != "assistant":
-                continue
-            before = row.messages[:index]
-            start = 0
-            if before:
-                opened = self._render(before, row, tokenize=False, add_generation_prompt=True)
-                closed = self._render(before, row, tokenize=False)
-                start = _common_prefix(opened, text)
-                if start < len(closed.rstrip()):
-                    raise BadRowError("chat template rewrites earlier turns; it needs {% generation %} markers")
+            if message["role"] == "assistant":
+                start = self._find_start(row, index, text)
+                spans.append((start, self._find_end(row, index, text, start)))
+        return spans
+
+    def _find_start(self, row: Chat, index: int, text: str) -> int:
+        """Where the answer of turn `index` begins: behind what the template writes to ask for it."""
+        content = row.messages[index]["content"].strip()
+        if index == 0:
+            header = self._header(row)
+            found = text.find(header) if header else -1
+            if found < 0:
+                raise BadRowError("chat template: the beginning of a leading assistant turn was not found")
+            return found + len(header)
+        before = row.messages[:index]
+        opened = self._render(before, row, tokenize=False, add_generation_prompt=True)
+        closed = self._render(before, row, tokenize=False)
+        start, floor = _common_prefix(opened, text), len(closed.rstrip())
+        if start < floor:
+            raise BadRowError("chat template rewrites earlier turns; it needs {% generation %} markers")
+        if opened == closed and not text[start:].lstrip().startswith(content):
+            raise BadRowError("chat template has no generation prompt; it needs {% generation %} markers")
+        if (
+            start < len(opened) and content
+        ):  # a prompt that opens a thinking block: the answer may share its first letters
+            start = next((place for place in range(start, floor - 1, -1) if text.startswith(content, place)), start)
+        return start
+
+    def _find_end(self, row: Chat, index: int, text: str, start: int) -> int:
+        """Where the turn ends: behind the last end-of-turn token before the next message's content."""
+        bound, is_next_inside = len(text), False
+        if index + 1 < len(row.messages):
             upto = self._render(row.messages[: index + 1], row, tokenize=False)
             if text.startswith(upto):
-                end = start + len(text[start : len(upto)].rstrip())
+                bound = len(upto)
             else:  # the template renders a turn otherwise once it is no longer the last, as Qwen3 does with thinking
-                content = message["content"].strip()
-                found = text.find(content, start) if content else -1
-                if found < 0:
-                    raise BadRowError("chat template: an assistant turn was not found in the rendered chat")
-                end = found + len(content)
-            spans.append((start, end))
-        return spans
+                bound, is_next_inside = self._find_next_content(row, index, text), True
+        region = text[start:bound]
+        ends = [region.rfind(eos) + len(eos) for eos in self._eos_texts if eos in region]
+        if ends:
+            return start + max(ends)
+        if is_next_inside:
+            raise BadRowError("chat template: the end of an assistant turn was not found; it has no end-of-turn token")
+        return start + len(region.rstrip())
+
+    def _find_next_content(self, row: Chat, index: int, text: str) -> int:
+        """Where the content of the message after turn `index` begins, told by rendering another in its place."""
+        following = row.messages[index + 1]
+        content = following["content"].lstrip()
+        other = {**following, "content": "b" if content.startswith("a") else "a"}
+        bound = _common_prefix(self._render([*row.messages[: index + 1], other], row, tokenize=False), text)
+        if bound >= len(text):
+            raise BadRowError("chat template: the end of an assistant turn was not found")
+        return bound
+
+    def _header(self, row: Chat) -> str:
+        """What the template writes before an answer, for example `<|im_start|>assistant\\n`."""
+        question = [{"role": "user", "content": "a"}]
+        opened = self._render(question, row, tokenize=False, add_generation_prompt=True)
+        closed = self._render(question, row, tokenize=False)
+        return str(opened[len(closed) :]) if opened.startswith(closed) else ""
 
     def _include_eos(self, ids: np.ndarray, end: int) -> int:
         return end + 1 if end < len(ids) and int(ids[end]) in self._eos_token_ids else end
