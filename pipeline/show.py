@@ -37,8 +37,11 @@ def price(console: Console, price: Price, counts: SampleCounts) -> None:
 def extraction(console: Console, result: ExtractResult) -> None:
     """What an extraction did."""
     plan = result.plan
-    if not result.num_computed_shards:
+    if result.num_missing_shards:
+        console.print(f"{result.num_missing_shards} shards are still being computed by another process", markup=False)
+    elif not result.num_computed_shards:
         console.print(f"cache {plan.path} is complete: reusing {result.num_shards} shards", markup=False)
+    if not result.num_computed_shards:
         return
     rate = result.num_tokens / result.seconds
     console.print(

@@ -2,6 +2,7 @@
 
 from storage.encodings import bytes_per_token
 from storage.errors import (
+    CacheBusyError,
     CacheCorruptError,
     CacheError,
     CacheExistsError,
@@ -39,6 +40,7 @@ __all__ = [
     "check_identity",
     "plan_batches",
     "CacheError",
+    "CacheBusyError",
     "CacheCorruptError",
     "CacheExistsError",
     "CacheFormatError",

@@ -29,6 +29,10 @@ class CacheUsageError(CacheError, ValueError):
     """A caller handed over something that does not fit the plan."""
 
 
+class CacheBusyError(CacheError, RuntimeError):
+    """Another writer holds this shard, or has committed it meanwhile: go on with the next one."""
+
+
 class CacheCorruptError(CacheError, OSError):
     """Bytes on disk are not the ones that were committed."""
 

@@ -141,7 +141,10 @@ def hash_inside(root: Path, name: str, *, piece_bytes: int = 1 << 24) -> tuple[i
     """(size, crc32c) of a file of any size."""
     size = crc = 0
     with os.fdopen(open_inside(root, name), "rb", buffering=0) as file:
-        while piece := file.read(piece_bytes):
-            size += len(piece)
-            crc = extend_crc32c(crc, piece)
+        try:
+            while piece := file.read(piece_bytes):
+                size += len(piece)
+                crc = extend_crc32c(crc, piece)
+        except OSError as error:
+            raise CacheReadError(f"{root / name}: cannot read: {error.strerror}") from error
     return size, f"{crc:08x}"

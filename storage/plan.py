@@ -13,7 +13,7 @@ from pathlib import Path
 from storage import layout
 from storage.commit import PlannedShard, plan_shard, seal_commit
 from storage.errors import CacheCorruptError, CacheUsageError
-from storage.files import crc32c_hex, read_inside
+from storage.files import crc32c_hex, hash_inside, read_inside
 from storage.index import PlanIndex, parse_index
 from storage.manifest import CacheHeader, Manifest, read_manifest
 from storage.plan_files import publish_plan
@@ -107,6 +107,20 @@ def read_recorded(root: Path, name: str, manifest: Manifest) -> bytes:
             f"{root / name}: has crc32c {found}, {layout.MANIFEST} says {record.crc32c}; the file is damaged"
         )
     return data
+
+
+def check_recorded(root: Path, name: str, manifest: Manifest) -> None:
+    """Hold a file of the plan, of any size, against the manifest without keeping its bytes."""
+    record = manifest.files[name]
+    try:
+        num_bytes, crc32c = hash_inside(root, name)
+    except FileNotFoundError as error:
+        raise CacheCorruptError(f"{root / name}: is named in {layout.MANIFEST}, but is gone") from error
+    if (num_bytes, crc32c) != (record.num_bytes, record.crc32c):
+        raise CacheCorruptError(
+            f"{root / name}: has {num_bytes} bytes with crc32c {crc32c}, expected {record.num_bytes} with "
+            f"{record.crc32c}; the file is damaged"
+        )
 
 
 def read_shard_samples(root: Path, manifest: Manifest, index: PlanIndex, shard: int) -> list[PlannedSample]:

@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from storage import layout
 from storage.commit import CommitRecord, list_commits, plan_shard, read_commit, remedy
-from storage.errors import CacheCorruptError, CacheIncompleteError, CacheUsageError
+from storage.errors import CacheCorruptError, CacheFormatError, CacheIncompleteError, CacheUsageError
 from storage.manifest import SPLITS, CacheIdentity, Manifest, Split
 from storage.mounts import is_network_path
-from storage.plan import CachePlan, read_shard_samples
+from storage.plan import CachePlan, check_recorded, read_shard_samples
 from storage.samples import ShardTokens, concatenate
 from storage.shard_files import ShardArray, open_arrays
 
@@ -159,6 +160,18 @@ class CacheReader(Sequence[Sample]):
     def target_dir(self) -> Path:
         """The target's config, tokenizer and head."""
         return self._plan.target_dir
+
+    def check_target(self, *needed: str) -> Path:
+        """``target_dir``, once every file in it has matched the manifest; the ``needed`` ones must be among them."""
+        files = [name for name in self.manifest.files if name.startswith(f"{layout.TARGET}/")]
+        missing = sorted({f"{layout.TARGET}/{name}" for name in needed} - set(files))
+        if missing:
+            raise CacheFormatError(
+                f"{self.path / layout.MANIFEST}: names no {', '.join(missing)}; extract the cache again with its target"
+            )
+        for name in files:
+            check_recorded(self.path, name, self.manifest)
+        return self.target_dir
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -14,10 +14,10 @@ import numpy.typing as npt
 from storage import layout
 from storage.commit import ArrayRecord, CommitRecord, PlannedShard, list_commits, plan_shard, read_commit
 from storage.errors import CacheCorruptError, CacheError, CacheNotFoundError
-from storage.files import crc32c_hex, hash_inside, open_inside, read_inside
+from storage.files import crc32c_hex, open_inside, read_inside
 from storage.index import PlanIndex, parse_index
 from storage.manifest import Manifest, digest_plan, read_manifest
-from storage.plan import read_recorded, read_shard_samples
+from storage.plan import check_recorded, read_recorded, read_shard_samples
 from storage.samples import digest_tokens
 from storage.zarr_array import ArraySpec, group_metadata
 
@@ -124,11 +124,7 @@ class _Verification:
             place = _Place(file=name)
             self.expected.add(name)
             try:
-                found = hash_inside(self.root, name)
-                if found != (record.num_bytes, record.crc32c):
-                    raise CacheCorruptError(
-                        f"has {found[0]} bytes with crc32c {found[1]}, expected {record.num_bytes} with {record.crc32c}"
-                    )
+                check_recorded(self.root, name, manifest)
                 if name == layout.INDEX:
                     index = parse_index(read_recorded(self.root, name, manifest), manifest.plan, where=name)
             except (CacheError, OSError) as error:

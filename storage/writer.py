@@ -3,9 +3,11 @@
     temporary directory -> rows -> sync files and directories -> rename -> commit record
 
 Each arrow is a point at which the process may die: what is left is either a temporary, or a shard without a record,
-and the next writer of that shard removes both. Any number of writers may work on different shards of one cache.
+and the next writer of that shard removes both. Any number of writers may work on one cache: a shard belongs to the one
+that holds the lock on its samples file, and a writer that comes too late is told so by CacheBusyError.
 """
 
+import fcntl
 import os
 from types import TracebackType
 
@@ -14,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from storage import layout
-from storage.commit import ExcludedSample, list_commits, seal_commit
-from storage.errors import CacheUsageError
+from storage.commit import ExcludedSample, list_commits, read_commit, seal_commit
+from storage.errors import CacheBusyError, CacheUsageError
 from storage.faults import fault_point
 from storage.files import disk_errors, sync_directory, write_atomic, write_durable
 from storage.plan import CachePlan
@@ -36,11 +38,23 @@ class CacheWriter:
         remove_stale_temps([self.path, *directories])
 
     def missing_shards(self) -> list[int]:
-        """Planned shards without a commit, ascending."""
-        return sorted(set(range(self.plan.num_shards)) - list_commits(self.path)[0])
+        """Planned shards without a commit, or with one whose shard is gone, ascending."""
+        commits, _ = list_commits(self.path)  # first: a shard is there before its commit is
+        with os.scandir(self.path / layout.SHARDS) as entries:
+            directories = {layout.parse_shard(entry.name) for entry in entries if entry.is_dir()}
+        return sorted(set(range(self.plan.num_shards)) - (commits & directories))
+
+    def count_excluded(self) -> int:
+        """Samples that the committed shards exclude."""
+        _, markers = list_commits(self.path)
+        records = (read_commit(self.plan.planned_shard(shard), has_marker=True) for shard in sorted(markers))
+        return sum(len(record.excluded) for record in records)
 
     def shard(self, shard: int) -> "ShardWriter":
-        """The context in which a missing shard is written; leaving it without an exception publishes the shard."""
+        """The context in which a missing shard is written; leaving it without an exception publishes the shard.
+
+        Entering it raises CacheBusyError if another writer holds the shard or has committed it.
+        """
         return ShardWriter(self.plan, shard)
 
 
@@ -54,13 +68,18 @@ class ShardWriter:
         self._commit = plan.path / layout.commit_name(shard)
         self._marker = plan.path / layout.excluded_name(shard)
         self._temp = temp_path(self._final)
+        self._lock_path = plan.path / layout.samples_name(shard)
+        self._lock_fd = -1
         self._arrays: list[ArrayWriter] = []
         self._excluded: dict[int, ExcludedSample] = {}
 
     def __enter__(self) -> "ShardWriter":
-        if self._commit.exists():
-            raise CacheUsageError(f"{self._commit}: the shard is already committed; compute only the missing shards")
         try:
+            self._lock()
+            if self._commit.exists() and not self._final.is_dir():  # the shard itself is gone
+                self._commit.unlink()
+                sync_directory(self._commit.parent)
+            self._check_uncommitted()
             with disk_errors(self._temp):
                 self._temp.mkdir()
                 write_durable(self._temp / layout.group_metadata_name(), group_metadata())
@@ -102,6 +121,23 @@ class ShardWriter:
         finally:
             self._discard()
 
+    def _lock(self) -> None:
+        """Keep other writers away until the process lets go or dies. The samples file is there and never changes."""
+        try:
+            # Open for writing, though nothing is written: NFS gives an exclusive lock on no other file.
+            self._lock_fd = os.open(self._lock_path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CacheBusyError(
+                f"{self._final}: another process is writing this shard; go on with the next"
+            ) from error
+        except OSError:
+            pass  # a file system without locks: there, only the look at the commit before the rename is left
+
+    def _check_uncommitted(self) -> None:
+        if self._commit.exists():
+            raise CacheBusyError(f"{self._commit}: the shard is already committed; compute only the missing shards")
+
     def _publish(self) -> None:
         for array in self._arrays:
             array.finish()
@@ -110,6 +146,7 @@ class ShardWriter:
             array.sync()
         sync_directory(self._temp)
         fault_point("shard.synced")
+        self._check_uncommitted()
         self._rename()
         self._publish_commit()
 
@@ -144,6 +181,9 @@ class ShardWriter:
         for array in self._arrays:
             array.close()
         remove_tree(self._temp)
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
 
 
 def _row_bytes(array: ArrayWriter, tensor: torch.Tensor) -> npt.NDArray[np.uint8]:

@@ -182,6 +182,20 @@ def test_a_killed_extraction_ends_in_the_same_bytes(tmp_path: Path) -> None:
     assert verify_cache(config.cache.path).ok
 
 
+@pytest.mark.slow
+def test_two_extractions_share_the_work(tmp_path: Path) -> None:
+    config = make_config(tmp_path, num_chats=120)
+    extract(config)
+    expected = digest_tree(config.cache.path)
+    shared = make_config(tmp_path, cache__path=tmp_path / "shared")
+    config_file = tmp_path / "config.toml"
+    config_file.write_text(to_toml(shared))
+    assert start(config_file, fault="shard.opened").wait(timeout=120) == -signal.SIGKILL  # the plan is there
+    processes = [start(config_file), start(config_file)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert digest_tree(shared.cache.path) == expected
+
+
 def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> None:
     config = make_config(tmp_path, data__max_bad_fraction=0.5, data__max_length=60)
     rows: list[Any] = make_chats(24)

@@ -1,7 +1,9 @@
 """A process killed at any named point leaves something that the same command turns into the undisturbed cache."""
 
 import errno
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from storage import (
+    CacheBusyError,
     CacheError,
     CacheIncompleteError,
     CachePlan,
@@ -18,6 +21,7 @@ from storage import (
     CacheSpaceError,
     CacheUsageError,
     CacheWriter,
+    ShardWriter,
     files,
     verify_cache,
 )
@@ -133,9 +137,63 @@ def test_row_counts_and_shapes_must_be_the_planned_ones(tmp_path: Path) -> None:
     with pytest.raises(CacheUsageError, match="no shard 5; the plan has 5"):
         writer.shard(5)
     fill_cache(path, [0])
-    with pytest.raises(CacheUsageError, match="already committed"):
+    with pytest.raises(CacheBusyError, match="already committed"):
         writer.shard(0).__enter__()
     assert plan.num_shards == 5
+
+
+def append_all(shard: ShardWriter, plan: CachePlan, number: int) -> None:
+    for sample in plan.read_samples(number):
+        shard.append(*states_of(sample, plan.header))
+
+
+def test_a_shard_that_is_being_written_is_busy(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    path = tmp_path / "c"
+    plan = plan_cache(path, LENGTHS)
+    late = CacheWriter(path)
+    with CacheWriter(path).shard(0) as shard:
+        append_all(shard, plan, 0)
+        with pytest.raises(CacheBusyError, match=r"00000\.zarr: another process is writing this shard"):
+            late.shard(0).__enter__()
+        with late.shard(1) as other:
+            append_all(other, plan, 1)
+    with pytest.raises(CacheBusyError, match="already committed"):
+        late.shard(0).__enter__()
+    assert late.missing_shards() == [2, 3, 4]
+    fill_cache(path, exclude=(103,))
+    assert files_of(path).keys() <= undisturbed.keys(), "the lock leaves no file"
+
+
+def test_without_locks_the_second_to_finish_leaves_the_shard_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    path = tmp_path / "c"
+    plan = plan_cache(path, LENGTHS)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    first, second = CacheWriter(path).shard(0), CacheWriter(path).shard(0)
+    for shard in (first, second):
+        append_all(shard.__enter__(), plan, 0)
+    first.__exit__(None, None, None)
+    committed = (path / "shards/00000.zarr").stat().st_ino
+    with pytest.raises(CacheBusyError, match="already committed"):
+        second.__exit__(None, None, None)
+    assert (path / "shards/00000.zarr").stat().st_ino == committed
+    fill_cache(path)
+    assert verify_cache(path).ok
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_commit_whose_shard_is_gone_is_missing_and_computed_again(tmp_path: Path, number: int) -> None:
+    path = make_cache(tmp_path / "c", exclude=(103,))
+    before = files_of(path)
+    shutil.rmtree(path / f"shards/{number:05d}.zarr")
+    assert CacheWriter(path).missing_shards() == [number]
+    fill_cache(path, exclude=(103,))
+    assert files_of(path) == before
+    assert verify_cache(path).ok
 
 
 def test_temps_of_the_dead_go_and_of_the_living_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,10 @@
 """Training over a cache: what a step adds up to, exact resume, checkpoints, and the draft that comes out."""
 
 import json
+import math
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,19 +18,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config import Config, to_toml
+from pipeline.config import Config, ConfigError, to_toml
 from pipeline.stage_one import settings_of
 from pipeline.stage_two import evaluate_draft, open_cache, train_draft
 from stages.errors import SettingError
 from stages.extract.run import extract
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
 from stages.train.batches import gather_batch, plan_batches
-from stages.train.checkpoint import CheckpointError, find_checkpoint
-from stages.train.loop import NonFiniteLossError
+from stages.train.checkpoint import CheckpointError, find_checkpoint, save_draft
+from stages.train.loop import NonFiniteLossError, NothingSupervisedError, Stepper
 from stages.train.metrics import read_metrics
 from stages.train.order import learning_rate, plan_epoch, plan_micro_batches
 from stages.train.run import build_draft
-from storage import CacheCorruptError, CacheIdentityError, CacheIncompleteError, CacheReader
+from stages.train.settings import ObjectiveSection
+from storage import CacheCorruptError, CacheFormatError, CacheIdentityError, CacheIncompleteError, CacheReader
+from storage_cache import fill_cache, plan_cache
 from tiny_target import make_config
 
 ROOT = Path(__file__).parent.parent
@@ -269,6 +274,158 @@ def test_a_damaged_cache_is_refused(tmp_path: Path, damage: str) -> None:
     expected = CacheIncompleteError if damage == "commit" else CacheCorruptError
     with pytest.raises(expected):
         train_draft(config)
+    assert not (config.train.run_dir / "draft").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "head.safetensors"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "pipe", "no folder"])
+def test_a_damaged_target_is_refused(cached: Path, tmp_path: Path, name: str, damage: str) -> None:
+    config = make_config(cached, train__run_dir=tmp_path / "run", cache__path=tmp_path / "cache")
+    shutil.copytree(cached / "cache", tmp_path / "cache")
+    file = tmp_path / "cache" / "target" / name
+    if damage == "flip":
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "truncate":
+        os.truncate(file, file.stat().st_size // 2)
+    elif damage == "no folder":
+        shutil.rmtree(file.parent)
+    else:
+        file.unlink()
+    if damage == "pipe":
+        os.mkfifo(file)
+    with pytest.raises(CacheCorruptError, match="target/" if damage == "no folder" else f"target/{name}: "):
+        train_draft(config)
+
+
+def test_a_cache_without_a_target_is_refused(tmp_path: Path) -> None:
+    plan_cache(tmp_path, [20])
+    fill_cache(tmp_path)
+    with pytest.raises(CacheFormatError, match=r"manifest\.json: names no target/head\.safetensors"):
+        build_draft(make_config(tmp_path / "other").draft, CacheReader(tmp_path), seed=0)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_no_part(cached: Path, tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the disk: the model's weights are the first file above it."""
+    config = make_config(cached, train__run_dir=tmp_path / "run", train__max_steps=6)
+    original = Stepper.step
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def step(self: Stepper, *arguments: Any, **named: Any) -> Any:
+        if (config.train.run_dir / "checkpoints" / "step_00000003").exists():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+        return original(self, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stepper, "step", step)
+        try:
+            with pytest.raises(CheckpointError, match=r"step_00000006: cannot write: .*; the checkpoints made before"):
+                train_draft(config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(config.train.run_dir / "checkpoints") == ["step_00000003"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="draft: cannot write: "):
+            save_draft(
+                tmp_path / "draft",
+                draft_model=Qwen3DSparkModel.from_pretrained(config.train.run_dir / "checkpoints/step_00000003"),
+                dtype=torch.float32,
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.glob(".draft*"))
+    assert train_draft(config).num_steps == 6
+
+
+def test_damaged_lines_of_the_metrics_are_left_out(
+    cached: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(cached, train__run_dir=tmp_path / "run")
+    train_draft(config)
+    expected = losses(config.train.run_dir)
+    file = config.train.run_dir / "metrics.jsonl"
+    file.write_bytes(b'not json\n[1]\n{"step": "3"}\n\xff\n' + file.read_bytes() + b'{"kind": "tr')
+    shutil.rmtree(config.train.run_dir / "checkpoints" / "step_00000008")
+    train_draft(config)
+    assert losses(config.train.run_dir) == expected
+    assert "metrics.jsonl: line 4 is not a row of metrics and is left out" in caplog.text
+    assert file.read_bytes().startswith(b'{"kind": "train"')
+
+
+def test_a_complete_run_mends_its_draft(cached: Path, tmp_path: Path) -> None:
+    config = make_config(cached, train__run_dir=tmp_path / "run", train__max_steps=2)
+    model_file = train_draft(config).draft_dir / "model.safetensors"
+    expected = model_file.read_bytes()
+    os.truncate(model_file, 1000)
+    assert train_draft(config).was_complete
+    assert model_file.read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    "damage", [{"step": "8"}, {"step": 7}, {"files": {}}, {"made_from": {}}, {"made_from": None}, {"more": 1}]
+)
+def test_a_damaged_trainer_state_gives_way_to_the_one_before(
+    cached: Path, tmp_path: Path, damage: dict[str, Any]
+) -> None:
+    config = make_config(cached, train__run_dir=tmp_path / "run")
+    train_draft(config)
+    newest = config.train.run_dir / "checkpoints" / "step_00000008"
+    state = json.loads((newest / "trainer_state.json").read_text())
+    (newest / "trainer_state.json").write_text(json.dumps(state | damage))
+    (newest / "model.safetensors").unlink()
+    found = find_checkpoint(newest.parent)
+    assert found is not None
+    assert found[0].name == "step_00000006"
+
+
+@pytest.mark.parametrize("name", [".", "checkpoints", "checkpoints/step_00000002", "draft", "metrics.jsonl"])
+def test_what_lies_in_the_way_is_said(cached: Path, tmp_path: Path, name: str) -> None:
+    config = make_config(cached, train__run_dir=tmp_path / "run", train__max_steps=2)
+    place = config.train.run_dir / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if name == "metrics.jsonl":
+        place.mkdir()
+    else:
+        place.touch()
+    with pytest.raises(CheckpointError, match=rf"{place.name}: (expected a folder|cannot be the folder|cannot write)"):
+        train_draft(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"train__betas": [1, 2]}, "betas"),
+        ({"train__betas": [0.9, 1.0]}, "betas"),
+        ({"train__seed": 10**20}, "seed"),
+        ({"train__lr": math.inf}, "lr"),
+        ({"train__clip_norm": math.nan}, "clip_norm"),
+        ({"train__weight_decay": math.inf}, "weight_decay"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused(cached: Path, change: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        make_config(cached, **change)
+
+
+def test_an_objective_without_any_term_is_refused() -> None:
+    with pytest.raises(ValueError, match="are all 0, so that nothing is trained"):
+        ObjectiveSection(ce_loss_alpha=0.0, l1_loss_alpha=0.0, confidence_head_alpha=0.0)
+
+
+def test_a_split_without_any_anchor_is_refused(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = CacheReader.read_tokens
+
+    def read_tokens(self: CacheReader, index: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        input_ids, _ = original(self, index)
+        return input_ids, (torch.arange(len(input_ids)) % 2).to(torch.uint8)
+
+    monkeypatch.setattr(CacheReader, "read_tokens", read_tokens)
+    config = make_config(cached, train__run_dir=tmp_path / "run")
+    with pytest.raises(NothingSupervisedError, match=r"none of the \d+ samples of the training split has two"):
+        train_draft(config)
+    assert not losses(config.train.run_dir)
     assert not (config.train.run_dir / "draft").exists()
 
 

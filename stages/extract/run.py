@@ -24,6 +24,7 @@ from stages.extract.settings import CacheSection, DataSection, ExtractSection, T
 from stages.extract.tokenize import SampleTokenizer
 from stages.target_config import check_layers, choose_max_length, default_layers, logit_transform
 from storage import (
+    CacheBusyError,
     CacheHeader,
     CacheIdentity,
     CacheNotFoundError,
@@ -71,11 +72,12 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractResult:
-    """What a run did: `num_computed_shards` of `num_shards` were missing and are now there."""
+    """What a run did: it computed `num_computed_shards` of `num_shards`; `num_missing_shards` are left to others."""
 
     plan: CachePlan
     num_shards: int
     num_computed_shards: int
+    num_missing_shards: int
     num_tokens: int
     num_excluded: int
     seconds: float
@@ -229,15 +231,14 @@ def extract(
         capture = Capture(load(), layers=plan.header.identity.layers, dtype=plan.header.encoding.torch_dtype)
         _self_check(capture, parts=load(), samples=plan.read_samples(missing[0]))
         # 4. Shards, one at a time, each committed whole.
-        num_excluded = _compute_shards(writer, missing, capture=capture, settings=settings)
-    else:
-        num_excluded = 0
+        missing = _compute_shards(writer, missing, capture=capture, settings=settings)
     return ExtractResult(
         plan=plan,
         num_shards=plan.num_shards,
         num_computed_shards=len(missing),
+        num_missing_shards=len(writer.missing_shards()),
         num_tokens=sum(plan.planned_shard(shard).num_tokens for shard in missing),
-        num_excluded=num_excluded,
+        num_excluded=writer.count_excluded(),
         seconds=time.monotonic() - started,
     )
 
@@ -293,25 +294,40 @@ def _self_check(capture: Capture, *, parts: targets.TargetParts, samples: list[P
         check_batching(capture, input_ids=[ids[0], ids[-1]])  # longest and shortest: the most padding
 
 
-def _compute_shards(writer: CacheWriter, missing: list[int], *, capture: Capture, settings: Settings) -> int:
-    """Compute and commit the missing shards; the number of samples that were quarantined."""
+def _compute_shards(writer: CacheWriter, missing: list[int], *, capture: Capture, settings: Settings) -> list[int]:
+    """Compute and commit the missing shards; those that this process computed. Others may be at work on the rest.
+
+    Raises QuarantineError once the cache excludes too many samples, whichever run excluded them.
+    """
     progress = _Progress(writer.plan, missing)
-    num_excluded = 0
-    allowed = settings.extract.max_quarantined_fraction * writer.plan.manifest.plan.num_samples
+    computed = []
     for shard in missing:
-        samples = writer.plan.read_samples(shard)
-        with writer.shard(shard) as shard_writer:
-            for batch in plan_batches([sample.num_tokens for sample in samples], settings.extract.max_batch_tokens):
-                num_excluded += _compute_batch(shard_writer, [samples[row] for row in batch], capture, writer.plan)
-                if num_excluded > allowed:
-                    raise QuarantineError(
-                        f"{num_excluded} samples have non-finite states, more than extract.max_quarantined_fraction = "
-                        f"{settings.extract.max_quarantined_fraction} of {writer.plan.manifest.plan.num_samples}; "
-                        'try target.dtype = "bfloat16" or "float32", or look at the samples named above'
-                    )
-                progress.after_batch(sum(samples[row].num_tokens for row in batch))
+        try:
+            with writer.shard(shard) as shard_writer:
+                _compute_shard(writer, shard_writer, shard, capture=capture, settings=settings)
+        except CacheBusyError:
+            logger.info("shard %6d  is another process's", shard)
+            continue
+        computed.append(shard)
         logger.info("%s", progress.after_shard(shard))
-    return num_excluded
+    return computed
+
+
+def _compute_shard(
+    writer: CacheWriter, shard_writer: ShardWriter, shard: int, *, capture: Capture, settings: Settings
+) -> None:
+    num_samples = writer.plan.manifest.plan.num_samples
+    limit = settings.extract.max_quarantined_fraction
+    num_excluded = writer.count_excluded()
+    samples = writer.plan.read_samples(shard)
+    for batch in plan_batches([sample.num_tokens for sample in samples], settings.extract.max_batch_tokens):
+        num_excluded += _compute_batch(shard_writer, [samples[row] for row in batch], capture, writer.plan)
+        if num_excluded > limit * num_samples:
+            raise QuarantineError(
+                f"{num_excluded} samples have non-finite states, more than extract.max_quarantined_fraction = "
+                f'{limit} of {num_samples}; try target.dtype = "bfloat16" or "float32", or look at the samples '
+                "named above"
+            )
 
 
 def _compute_batch(shard_writer: ShardWriter, samples: list[PlannedSample], capture: Capture, plan: CachePlan) -> int:
@@ -340,11 +356,9 @@ class _Progress:
         self._num_shards = len(missing)
         self._started = time.monotonic()
 
-    def after_batch(self, num_tokens: int) -> None:
-        self._tokens += num_tokens
-
     def after_shard(self, shard: int) -> str:
         self._shards += 1
+        self._tokens += self._plan.planned_shard(shard).num_tokens
         seconds = time.monotonic() - self._started
         rate = self._tokens / seconds
         eta = time.strftime("%H:%M:%S", time.gmtime((self._total - self._tokens) / rate))

@@ -3,7 +3,8 @@
 RUN/checkpoints/step_00000300/
   config.json, model.safetensors   the draft in float32, in the form that servers load
   optimizer.safetensors            AdamW's averages by parameter name, float32
-  trainer_state.json               written last: step, what the run was made from, size and crc32c of the other files
+  trainer_state.json               written last: step, what the run was made from, size and crc32c of the other files,
+                                   and the crc32c of all that
 """
 
 import json
@@ -12,12 +13,15 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from stages.errors import StageError
@@ -25,6 +29,7 @@ from stages.train.model import Qwen3DSparkModel
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+NEEDED_FILES = {"config.json", "model.safetensors", OPTIMIZER_FILE}
 ADAMW_KEYS = ("step", "exp_avg", "exp_avg_sq")
 CRC_CHUNK_BYTES = 1 << 22
 _STEP_NAME = re.compile(r"step_(\d{8})")
@@ -44,6 +49,24 @@ class TrainerState:
     made_from: dict[str, Any]
 
 
+class FileDescription(BaseModel):
+    """Size and crc32c of a file."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    bytes: int
+    crc32c: int
+
+
+class StateRecord(BaseModel):
+    """`trainer_state.json`; its own crc32c is over the compact JSON, keys sorted, of the other fields."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    step: int = Field(ge=1)
+    made_from: dict[str, Any]
+    files: dict[str, FileDescription]
+    crc32c: int
+
+
 def save_checkpoint(
     checkpoints: Path,
     *,
@@ -52,32 +75,41 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep_last: int,
 ) -> Path:
-    """Write the checkpoint of `state.step` atomically and delete all but the last `keep_last`."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    """Write the checkpoint of `state.step` atomically and delete all but the last `keep_last`.
+
+    Raises CheckpointError when the disk is full or refuses; the checkpoints before it are then still there.
+    """
     final = checkpoints / f"step_{state.step:08d}"
     partial = checkpoints / f".{final.name}.{os.getpid()}.partial"
-    for leftover in checkpoints.glob(".step_*.partial"):
-        shutil.rmtree(leftover)
-    draft_model.save_pretrained(partial)
-    save_file(_optimizer_tensors(draft_model, optimizer), partial / OPTIMIZER_FILE)
-    files = {file.name: describe_file(file) for file in sorted(partial.iterdir())}
-    (partial / STATE_FILE).write_text(json.dumps({**asdict(state), "files": files}, indent=2))
-    _publish(partial, final)
-    for old in sorted(_step_folders(checkpoints))[:-keep_last]:
-        shutil.rmtree(old)
+    with write_errors(final):
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for leftover in checkpoints.glob(".step_*.partial"):
+            shutil.rmtree(leftover)
+        with _publishing(partial, final):
+            draft_model.save_pretrained(partial)
+            save_file(_optimizer_tensors(draft_model, optimizer), partial / OPTIMIZER_FILE)
+            files = {file.name: describe_file(file).model_dump() for file in sorted(partial.iterdir())}
+            record = {"step": state.step, "made_from": state.made_from, "files": files}
+            (partial / STATE_FILE).write_text(json.dumps({**record, "crc32c": _record_crc32c(record)}, indent=2))
+        for old in sorted(_step_folders(checkpoints))[:-keep_last]:
+            shutil.rmtree(old)
     return final
 
 
 def save_draft(folder: Path, *, draft_model: Qwen3DSparkModel, dtype: torch.dtype) -> None:
-    """Write the draft as servers load it, its weights in `dtype`; whole or not at all. The model is not cast."""
+    """Write the draft as servers load it, its weights in `dtype`; whole or not at all. The model is not cast.
+
+    Raises CheckpointError when the disk is full or refuses.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     with torch.device("meta"):
         copy = type(draft_model)(draft_model.config)
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in draft_model.state_dict().items()}
     copy.load_state_dict(tensors, assign=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    copy.save_pretrained(partial)
-    _publish(partial, folder)
+    with write_errors(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        with _publishing(partial, folder):
+            copy.save_pretrained(partial)
 
 
 def find_checkpoint(checkpoints: Path) -> tuple[Path, TrainerState] | None:
@@ -108,27 +140,49 @@ def load_checkpoint(folder: Path, *, draft_model: Qwen3DSparkModel, optimizer: t
             optimizer.state[parameter] = {key: _place(tensors[f"{name}.{key}"], key, parameter) for key in keys}
 
 
-def describe_file(file: Path) -> dict[str, int]:
+@contextmanager
+def write_errors(where: Path) -> Iterator[None]:
+    """Turn the refusals of a disk into a CheckpointError that says so."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{where}: cannot write: {error}; the checkpoints made before are intact. Free some space, or remove what "
+            "lies in the way, and run the same train command again to continue"
+        ) from error
+
+
+def describe_file(file: Path) -> FileDescription:
     """Size and crc32c."""
+    if not file.is_file():  # a pipe would block
+        raise FileNotFoundError(f"{file.name} is gone, or is not a file")
     crc = 0
     with file.open("rb") as stream:
         while chunk := stream.read(CRC_CHUNK_BYTES):
             crc = google_crc32c.extend(crc, chunk)
-    return {"bytes": file.stat().st_size, "crc32c": crc}
+    return FileDescription(bytes=file.stat().st_size, crc32c=crc)
 
 
 def _read_state(folder: Path) -> tuple[str, TrainerState | None]:
     try:
-        raw = json.loads((folder / STATE_FILE).read_text())
-        files = raw.pop("files")
-        state = TrainerState(**raw)
-        for name, expected in files.items():
+        describe_file(folder / STATE_FILE)
+        fields = json.loads((folder / STATE_FILE).read_text())
+        record = StateRecord.model_validate(fields)
+        if _record_crc32c({key: value for key, value in fields.items() if key != "crc32c"}) != record.crc32c:
+            return f"{STATE_FILE}: does not match its own crc32c", None
+        if missing := NEEDED_FILES - record.files.keys():
+            return f"{STATE_FILE}: lists no {', '.join(sorted(missing))}", None
+        for name, expected in record.files.items():
             found = describe_file(folder / name)
             if found != expected:
                 return f"{name}: expected {expected}, got {found}", None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{type(error).__name__}: {error}", None
-    return "", state
+    return "", TrainerState(step=record.step, made_from=record.made_from)
+
+
+def _record_crc32c(record: dict[str, Any]) -> int:
+    return int(google_crc32c.value(json.dumps(record, sort_keys=True, separators=(",", ":")).encode("ascii")))
 
 
 def _optimizer_tensors(draft_model: Qwen3DSparkModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -148,20 +202,36 @@ def _trained_parameters(draft_model: Qwen3DSparkModel) -> Iterator[tuple[str, to
 
 
 def _step_folders(checkpoints: Path) -> list[Path]:
-    if not checkpoints.is_dir():
+    if not checkpoints.exists():
         return []
-    return [folder for folder in checkpoints.iterdir() if _STEP_NAME.fullmatch(folder.name)]
+    check_folder(checkpoints)
+    folders = [folder for folder in checkpoints.iterdir() if _STEP_NAME.fullmatch(folder.name)]
+    for folder in folders:
+        check_folder(folder)
+    return folders
 
 
-def _publish(partial: Path, final: Path) -> None:
-    """Give a finished folder its name, in one rename, once its files are on disk."""
-    for file in partial.iterdir():
-        _fsync(file)
-    _fsync(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    _fsync(final.parent)
+def check_folder(path: Path) -> None:
+    """Refuse a file in the place of a folder of ours: it is somebody else's, so it is not replaced."""
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path}: expected a folder or nothing, found a file; move it away, or set train.run_dir")
+
+
+@contextmanager
+def _publishing(partial: Path, final: Path) -> Iterator[None]:
+    """Sync the folder that the body fills and give it its name, in one rename; remove it on any error."""
+    try:
+        yield
+        for file in partial.iterdir():
+            _fsync(file)
+        _fsync(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _fsync(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _fsync(path: Path) -> None:

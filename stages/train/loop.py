@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from stages.errors import StageError
+from stages.train.anchors import anchor_candidates
 from stages.train.batches import PlannedBatch, gather_batch, plan_batches
 from stages.train.metrics import MetricsLog, StepTotals
 from stages.train.module import DSparkTrainerModule
@@ -26,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 class NonFiniteLossError(StageError, RuntimeError):
     """The loss became NaN or infinite; the message names the samples of the step."""
+
+
+class NothingSupervisedError(StageError, ValueError):
+    """No sample of the training split has a slot to learn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +92,16 @@ def run_steps(
     """Do the steps from `start` on, log each, and yield after each how many are done, for the caller to save them.
 
     Validation comes every `train.validate_every` steps (default: once an epoch) and after the last.
+    Raises NothingSupervisedError before the first step.
     """
     train, reader = stepper.train, stepper.reader
     indices = reader.split_indices("train")
+    # Ends at the first sample of nearly every split; without any anchor the loss would be 0 in every step.
+    if not any(len(anchor_candidates(reader.read_tokens(index)[1])) for index in indices):
+        raise NothingSupervisedError(
+            f"{reader.path}: none of the {len(indices)} samples of the training split has two supervised tokens in a "
+            "row, which every anchor needs; look at the loss masks of the data, and at data.supervise"
+        )
     epoch, order = -1, indices
     validate_every = train.validate_every or schedule.steps_per_epoch
     pace = _Pace(num_steps=schedule.num_steps, start=start)

@@ -2,13 +2,14 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from stages.train.checkpoint import write_errors
 from stages.train.module import DSparkStepMetrics
 
 SUMMED = (
@@ -25,6 +26,8 @@ SUMMED = (
     "confidence_bias_num",
     "confidence_diag_den",
 )
+
+logger = logging.getLogger(__name__)
 
 
 class StepTotals:
@@ -61,40 +64,48 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, *, resume_step: int) -> None:
         self._file = run_dir / "metrics.jsonl"
-        kept = _rows_up_to(self._file, resume_step)
-        self._file.write_text("".join(kept))
-        self._stream = self._file.open("a", buffering=1)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)
+        kept = [line for line, row in _parse_rows(self._file) if row["step"] <= resume_step]
+        with write_errors(self._file):
+            temp = self._file.with_name(f".{self._file.name}.partial")
+            temp.write_text("".join(kept), encoding="utf-8")
+            temp.replace(self._file)
+            self._stream = self._file.open("a", buffering=1, encoding="utf-8")
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
         """One row; `row["step"]` counts the optimizer steps done."""
-        self._stream.write(json.dumps({"kind": kind, **row}) + "\n")
-        for key, value in row.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"{kind}/{key}", value, row["step"])
-            elif isinstance(value, list | tuple):
-                for slot, item in enumerate(value):
-                    self._board.add_scalar(f"{kind}/{key}/{slot}", item, row["step"])
+        with write_errors(self._file):
+            self._stream.write(json.dumps({"kind": kind, **row}) + "\n")
+            for key, value in row.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{kind}/{key}", value, row["step"])
+                elif isinstance(value, list | tuple):
+                    for slot, item in enumerate(value):
+                        self._board.add_scalar(f"{kind}/{key}/{slot}", item, row["step"])
 
     def close(self) -> None:
-        self._stream.close()
-        self._board.close()
+        with write_errors(self._file):
+            self._stream.close()
+            self._board.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All rows of a run's `metrics.jsonl`; a last line that a kill cut short is left out."""
-    file = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in _whole_lines(file)] if file.is_file() else []
+    """All rows of a run's `metrics.jsonl`; a last line that a kill cut short and damaged lines are left out."""
+    return [row for _, row in _parse_rows(run_dir / "metrics.jsonl")]
 
 
-def _whole_lines(file: Path) -> Iterable[str]:
-    return (line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n"))
-
-
-def _rows_up_to(file: Path, step: int) -> list[str]:
-    if not file.is_file():
-        return []
-    return [line for line in _whole_lines(file) if json.loads(line)["step"] <= step]
+def _parse_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each whole line and what it says; a line that is no row of ours is passed over with a warning."""
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if file.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            yield line + "\n", row
+        else:
+            logger.warning("%s: line %d is not a row of metrics and is left out: %.60r", file, number, line)
 
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)

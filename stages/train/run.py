@@ -18,6 +18,7 @@ from stages.errors import SettingError
 from stages.train.checkpoint import (
     CheckpointError,
     TrainerState,
+    check_folder,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -48,13 +49,18 @@ class TrainResult:
 
 
 def build_draft(draft: DraftSection, reader: CacheReader, *, seed: int) -> Qwen3DSparkModel:
-    """A new draft for the cache's target, with the target's embedding and head in place. Raises ValueError.
+    """A new draft for the cache's target, with the target's embedding and head in place.
 
-    Initial weights are a function of the seed and of the draft's config.
+    Initial weights are a function of the seed and of the draft's config. Raises SettingError, and CacheError when a
+    file of the target is not the one that the cache was made with.
     """
     from transformers import AutoConfig
 
-    target_config = AutoConfig.from_pretrained(reader.target_dir)
+    target_dir = reader.check_target("config.json", "head.safetensors")
+    try:
+        target_config = AutoConfig.from_pretrained(target_dir)
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{target_dir}/config.json: this version of transformers cannot read it: {error}") from error
     config = build_draft_config(
         target_config,
         num_draft_layers=draft.num_layers,
@@ -71,7 +77,7 @@ def build_draft(draft: DraftSection, reader: CacheReader, *, seed: int) -> Qwen3
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3DSparkModel(config)
-    with safe_open(reader.target_dir / "head.safetensors", framework="pt") as head:
+    with safe_open(target_dir / "head.safetensors", framework="pt") as head:
         if "lm_head.bias" in head.keys():  # noqa: SIM118 (a safetensors file has no other way to list its names)
             raise SettingError("the target's lm_head has a bias, which the draft's checkpoint form has no place for")
         model.load_target_head(head.get_tensor("embed_tokens.weight"), head.get_tensor("lm_head.weight"))
@@ -91,8 +97,8 @@ def train(
     `reader` gives the layers that the draft sees. `validate` is called with the module at intervals, and what it
     returns is logged. The draft that servers load is written to RUN/draft when the last step is done.
 
-    Raises ValueError for settings that do not fit the cache, CheckpointError for a run made from other settings,
-    CacheError for a damaged cache, NonFiniteLossError.
+    Raises SettingError for settings that do not fit the cache, CheckpointError for a run made from other settings and
+    for a disk that is full, CacheError for a damaged cache, NonFiniteLossError, NothingSupervisedError.
     """
     # 1. The cache, the schedule, and what this run is made from.
     schedule = plan_schedule(train, num_samples=len(reader.split_indices("train")))
@@ -106,7 +112,9 @@ def train(
         optimizer = torch.optim.AdamW(trained, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
         start = _resume(train.run_dir, made_from=made_from, model=model, optimizer=optimizer)
         draft_dir = train.run_dir / "draft"
-        if start == schedule.num_steps and draft_dir.is_dir():
+        check_folder(draft_dir)
+        if start == schedule.num_steps:  # written anew all the same: nothing says that the one there is whole
+            save_draft(draft_dir, draft_model=model, dtype=getattr(torch, train.dtype))
             return TrainResult(draft_dir=draft_dir, num_steps=start, was_complete=True)
         # 3. Steps.
         log = MetricsLog(train.run_dir, resume_step=start)
@@ -172,8 +180,13 @@ def _resume(
 @contextmanager
 def _exclusive(run_dir: Path) -> Iterator[None]:
     """Keep a second training out of the run's folder. Raises CheckpointError while another process holds it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise CheckpointError(
+            f"{run_dir}: cannot be the folder of a run: {error.strerror}; set train.run_dir to a new folder"
+        ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

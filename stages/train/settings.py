@@ -1,11 +1,13 @@
 """Config sections of stage two: `[draft]`, `[objective]`, `[train]`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.section import Section
+
+AveragingFactor = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DraftSection(Section):
@@ -38,12 +40,21 @@ class ObjectiveSection(Section):
 
     loss_decay_gamma: float | None = Field(default=4.0, gt=0)
     """Slot k weighs exp(-k/gamma). Write `inf` in TOML for equal weights."""
-    ce_loss_alpha: float = Field(default=0.1, ge=0)
+    ce_loss_alpha: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """Weight of the cross-entropy against the data's tokens."""
-    l1_loss_alpha: float = Field(default=0.9, ge=0)
+    l1_loss_alpha: float = Field(default=0.9, ge=0, allow_inf_nan=False)
     """Weight of the L1 distance between draft and target distribution."""
-    confidence_head_alpha: float = Field(default=1.0, ge=0)
+    confidence_head_alpha: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Weight of the confidence head's binary cross-entropy."""
+
+    @model_validator(mode="after")
+    def _check_alphas(self) -> Self:
+        if self.ce_loss_alpha == self.l1_loss_alpha == self.confidence_head_alpha == 0:
+            raise ValueError(
+                "ce_loss_alpha, l1_loss_alpha and confidence_head_alpha are all 0, so that nothing is trained; "
+                "give at least one of them a weight"
+            )
+        return self
 
 
 class TrainSection(Section):
@@ -59,21 +70,21 @@ class TrainSection(Section):
     """Samples of one optimizer step."""
     max_batch_tokens: int = Field(default=4096, ge=1)
     """Tokens of one packed micro-batch; a longer sample goes alone."""
-    lr: float = Field(default=6e-4, gt=0)
+    lr: float = Field(default=6e-4, gt=0, allow_inf_nan=False)
     """Peak learning rate of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averaging factors."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[AveragingFactor, AveragingFactor] = (0.9, 0.95)
+    """AdamW's averaging factors, from 0 to below 1."""
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """AdamW's decoupled weight decay."""
     warmup_fraction: float = Field(default=0.04, ge=0, le=1)
     """Share of the steps with linearly rising learning rate; cosine to zero follows."""
-    clip_norm: float = Field(default=1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Norm that the gradient is clipped to."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; master weights and optimizer are float32 in either case."""
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds initial weights, order and anchors."""
     validate_every: int | None = Field(default=None, ge=1)
     """Steps between validations on the held-out split. Default: once an epoch, and at the end."""
