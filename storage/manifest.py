@@ -16,6 +16,8 @@ from storage.errors import CacheFormatError, CacheIdentityError, CacheNotFoundEr
 from storage.files import read_inside
 from storage.sealed import FORMAT_VERSION, Count, Crc32c, Record, SealedRecord, Sha256, canonical_json
 
+SHA256_DIGITS = 64
+
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
@@ -65,10 +67,15 @@ class CacheIdentity(Record):
     def differences(self, other: "CacheIdentity") -> list[str]:
         """One line for each field in which this cache's identity is not the one that a run wants."""
         return [
-            f"{name}: cache has {getattr(self, name)!r}, this run has {getattr(other, name)!r}"
+            f"{name}: cache has {_shorten(getattr(self, name))}, this run has {_shorten(getattr(other, name))}"
             for name in type(self).model_fields
             if getattr(self, name) != getattr(other, name)
         ]
+
+
+def _shorten(value: object) -> str:
+    """A digest's first digits; anything else whole."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == SHA256_DIGITS else repr(value)
 
 
 def check_identity(cache_identity: CacheIdentity, wanted: CacheIdentity, *, where: str | Path) -> None:

@@ -22,6 +22,8 @@ from storage import CacheReader
 
 Validate = Callable[[DSparkTrainerModule], dict[str, Any]]
 
+REPORT_SECONDS = 20  # a step that takes longer says how far it is
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,11 +55,15 @@ class Stepper:
         )
         totals = StepTotals()
         module.train()
-        for batch in batches:
+        reported = time.monotonic()
+        for number, batch in enumerate(batches, start=1):
             with compute_dtype(device, train.dtype):
                 metrics = module(**gather_batch(self.reader, batch, device=device))
             (metrics.loss_num / max(denominator, 1e-30)).backward()
             totals.add(metrics)
+            if time.monotonic() - reported > REPORT_SECONDS:
+                reported = time.monotonic()
+                logger.info("  micro-batch %d of %d of this step", number, len(batches))
         row = totals.ratios()
         norm = torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], train.clip_norm)
         if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
@@ -104,6 +110,10 @@ def run_steps(
         )
     epoch, order = -1, indices
     validate_every = train.validate_every or schedule.steps_per_epoch
+    logger.info(
+        "%d conversations, %d of them a step: %d steps an epoch, %d steps in all",
+        len(indices), train.global_batch_size, schedule.steps_per_epoch, schedule.num_steps,
+    )  # fmt: skip
     pace = _Pace(num_steps=schedule.num_steps, start=start)
     for step in range(start, schedule.num_steps):
         if schedule.epoch(step) != epoch:
