@@ -253,7 +253,7 @@ def _check_loaded(report: dict[str, Any], *, folder: Path) -> None:
     if missing:
         raise TargetError(
             f"{folder}: {len(missing)} tensors that config.json asks for are missing or have another shape, the first "
-            f"of them {', '.join(missing[:3])}; config.json and the weights do not belong together, or one is incomplete"
+            f"of them {', '.join(missing[:3])}; config.json and the weights do not belong together, or a file is cut"
         )
     unused = sorted(str(name) for name in report.get("unexpected_keys", ()))
     if unused:  # layers for predicting several tokens, old buffers: many sound models have such
