@@ -172,6 +172,57 @@ def test_an_answer_that_shares_letters_with_an_opened_thinking_block_is_whole() 
     ]
 
 
+OPENS_AND_CUTS_THINKING = OPENS_THINKING.replace("m['content']", "m['content'].split('</think>')[-1]")
+CLOSES_THE_CHAT = WITHOUT_MARKERS.replace(
+    "{% if add", "{% if not add_generation_prompt %}<|endoftext|>{% endif %}{% if add"
+)
+
+
+def test_an_answer_in_markup_is_whole_where_its_thinking_is_cut() -> None:
+    tokenizer = make_tokenizer(OPENS_AND_CUTS_THINKING)
+    row = chat(("user", "q"), ("assistant", "<think>\nr\n</think><div>x</div>"))
+    assert spans(tokenizer, tokenize(tokenizer, row)) == ["<div>x</div><|im_end|>"]
+
+
+def test_the_token_that_closes_the_whole_chat_is_not_part_of_the_answer() -> None:
+    tokenizer = make_tokenizer(CLOSES_THE_CHAT)
+    row = chat(("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two"))
+    both = SampleTokenizer(tokenizer, supervise="all", eos_token_ids=frozenset({0, 2}))
+    assert spans(tokenizer, both(row)) == ["one<|im_end|>", "two<|im_end|>"]
+    with pytest.raises(BadRowError, match="ends in the text of an end-of-turn token"):
+        both(chat(("user", "q"), ("assistant", "one<|im_end|>")))
+
+
+def test_a_begin_token_that_is_also_an_end_token_is_not_supervised_twice() -> None:
+    wrapped = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<|im_end|>[Q]{{ m['content'] }}[/Q]"
+        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(wrapped)
+    row = chat(("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two"))
+    assert spans(tokenizer, tokenize(tokenizer, row)) == ["one<|im_end|>", "two<|im_end|>"]
+
+
+def test_a_header_that_differs_from_the_generation_prompt_is_refused() -> None:
+    uneven = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ '\n' + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}"
+        "{% if m['role'] != 'assistant' or not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{{ '\n' }}{% endif %}"
+    )
+    with pytest.raises(BadRowError, match="beginning of an assistant turn was not found"):
+        tokenize(make_tokenizer(uneven), chat(("user", "q"), ("assistant", "one"), ("assistant", "two")))
+
+
+def test_tool_results_must_be_rendered() -> None:
+    silent = WITHOUT_MARKERS.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
+    row = chat(("user", "w"), ("assistant", "x"), ("tool", "forty two"), ("assistant", "z"))
+    with pytest.raises(BadRowError, match="tool results that the chat template does not render"):
+        tokenize(make_tokenizer(silent), row)
+    tokenizer = make_tokenizer(WITHOUT_MARKERS)
+    assert spans(tokenizer, tokenize(tokenizer, row)) == ["x<|im_end|>", "z<|im_end|>"]
+
+
 def test_tool_calls_must_be_rendered() -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look_up", "arguments": "{}"}}]}
     row = Chat(messages=[{"role": "user", "content": "q"}, call])

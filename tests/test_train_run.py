@@ -25,7 +25,7 @@ from stages.errors import SettingError
 from stages.extract.run import extract
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
 from stages.train.batches import gather_batch, plan_batches
-from stages.train.checkpoint import CheckpointError, find_checkpoint, save_draft
+from stages.train.checkpoint import CheckpointError, find_checkpoint, save_checkpoint, save_draft
 from stages.train.loop import NonFiniteLossError, NothingSupervisedError, Stepper
 from stages.train.metrics import read_metrics
 from stages.train.order import learning_rate, plan_epoch, plan_micro_batches
@@ -472,3 +472,19 @@ def test_tensorboard_has_the_curves(cached: Path, tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged["train/loss"])
     assert {"validation/tau", "train/accept_rate_per_pos/3", "train/grad_norm"} <= set(events.Tags()["scalars"])
+
+
+def test_pruning_keeps_whole_checkpoints_and_not_damaged_ones(cached: Path, tmp_path: Path) -> None:
+    config = make_config(cached, train__run_dir=tmp_path / "run", train__checkpoint_every=1, train__keep_last=2)
+    train_draft(config)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(folder.name for folder in checkpoints.iterdir()) == ["step_00000007", "step_00000008"]
+    os.truncate(checkpoints / "step_00000008" / "model.safetensors", 100)
+    found = find_checkpoint(checkpoints)
+    assert found is not None
+    folder, state = found
+    model = Qwen3DSparkModel.from_pretrained(folder)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    save_checkpoint(checkpoints, state=state, draft_model=model, optimizer=optimizer, keep_last=1)
+    assert [folder.name for folder in checkpoints.iterdir()] == ["step_00000007"]
+    assert find_checkpoint(checkpoints) is not None

@@ -8,6 +8,7 @@ import numpy as np
 from stages.extract.conversations import Chat, Text, Tokens
 from stages.extract.rows import BadRowError, DataError
 
+THINKING_END = "</think>"
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -25,7 +26,7 @@ class SampleTokenizer:
         self._eos_token_ids = eos_token_ids | ({tokenizer.eos_token_id} - {None})
         if not tokenizer.is_fast:
             raise DataError("the target's tokenizer has no fast version, so loss masks cannot be aligned; provide one")
-        self._eos_texts = [tokenizer.decode([token]) for token in sorted(self._eos_token_ids)]
+        self._eos_texts = tuple(tokenizer.decode([token]) for token in sorted(self._eos_token_ids))
 
     def __call__(self, row: Chat | Text | Tokens) -> Tokens:
         """`input_ids` [T] int32 and `loss_mask` [T] uint8. Raises BadRowError."""
@@ -52,11 +53,14 @@ class SampleTokenizer:
     def _check_tool_calls(self, row: Chat) -> None:
         """A template that ignores tool calls would teach the draft to answer nothing instead."""
         calls = [call for message in row.messages for call in message.get("tool_calls", ())]
-        if calls:
+        results = [message["content"].strip() for message in row.messages if message["role"] == "tool"]
+        if calls or results:
             text = self._render(row.messages, row, tokenize=False)
             names = [call.get("function", call).get("name") for call in calls if isinstance(call, dict)]
             if len(names) < len(calls) or not all(isinstance(name, str) and name in text for name in names):
                 raise BadRowError("tool calls that the chat template does not render")
+            if not all(_is_rendered(result, text) for result in results):
+                raise BadRowError("tool results that the chat template does not render")
 
     def _template(self, row: Chat) -> str:
         """The template's text; a tokenizer may have one more for rows with tools."""
@@ -122,11 +126,14 @@ class SampleTokenizer:
             raise BadRowError("chat template rewrites earlier turns; it needs {% generation %} markers")
         if opened == closed and not text[start:].lstrip().startswith(content):
             raise BadRowError("chat template has no generation prompt; it needs {% generation %} markers")
-        if (
-            start < len(opened) and content
-        ):  # a prompt that opens a thinking block: the answer may share its first letters
-            start = next((place for place in range(start, floor - 1, -1) if text.startswith(content, place)), start)
-        return start
+        if start == len(opened):
+            return start
+        # The prompt goes on where the text does not: it opens a thinking block, or the header itself differs. The
+        # answer may share its first letters with what the prompt goes on with, and be shown without its thinking.
+        if not opened[floor:start].strip():
+            raise BadRowError("chat template: the beginning of an assistant turn was not found")
+        shown = tuple({content, content.split(THINKING_END)[-1].strip()} - {""})
+        return next((place for place in range(start, floor - 1, -1) if text.startswith(shown, place)), start)
 
     def _find_end(self, row: Chat, index: int, text: str, start: int) -> int:
         """Where the turn ends: behind the last end-of-turn token before the next message's content."""
@@ -140,10 +147,22 @@ class SampleTokenizer:
         region = text[start:bound]
         ends = [region.rfind(eos) + len(eos) for eos in self._eos_texts if eos in region]
         if ends:
-            return start + max(ends)
+            content = row.messages[index]["content"].rstrip()
+            if content.endswith(self._eos_texts):
+                raise BadRowError("an answer ends in the text of an end-of-turn token")
+            return start + self._first_of_run(region, max(ends))
         if is_next_inside:
             raise BadRowError("chat template: the end of an assistant turn was not found; it has no end-of-turn token")
         return start + len(region.rstrip())
+
+    def _first_of_run(self, region: str, end: int) -> int:
+        """The end of the first of the end-of-turn tokens that stand side by side up to `end`.
+
+        A template may close the turn, and then the whole chat.
+        """
+        last = next(eos for eos in self._eos_texts if region.endswith(eos, 0, end))
+        head = region[: end - len(last)].rstrip()
+        return self._first_of_run(region, len(head)) if head.endswith(self._eos_texts) else end
 
     def _find_next_content(self, row: Chat, index: int, text: str) -> int:
         """Where the content of the message after turn `index` begins, told by rendering another in its place."""
@@ -163,13 +182,21 @@ class SampleTokenizer:
         return str(opened[len(closed) :]) if opened.startswith(closed) else ""
 
     def _include_eos(self, ids: np.ndarray, end: int) -> int:
-        return end + 1 if end < len(ids) and int(ids[end]) in self._eos_token_ids else end
+        """`end`, or one more where the end-of-turn token stands right behind the span and not already in it."""
+        eos = self._eos_token_ids
+        is_behind = end < len(ids) and int(ids[end]) in eos and int(ids[end - 1]) not in eos
+        return end + 1 if is_behind else end
 
     def _mask_of_spans(self, spans: list[tuple[int, int]], *, num_tokens: int) -> np.ndarray:
         mask = np.zeros(num_tokens, dtype=np.uint8)
         for start, end in spans[-1:] if self._supervise == "last" else spans:
             mask[start:end] = 1
         return mask
+
+
+def _is_rendered(content: str, text: str) -> bool:
+    """Whether the chat shows the content; templates may quote it as JSON, so its words are enough."""
+    return all(word in text for word in re.findall(r"\w+", content))
 
 
 def _common_prefix(left: str, right: str) -> int:

@@ -91,7 +91,9 @@ def save_checkpoint(
             files = {file.name: describe_file(file).model_dump() for file in sorted(partial.iterdir())}
             record = {"step": state.step, "made_from": state.made_from, "files": files}
             (partial / STATE_FILE).write_text(json.dumps({**record, "crc32c": _record_crc32c(record)}, indent=2))
-        for old in sorted(_step_folders(checkpoints))[:-keep_last]:
+        folders = sorted(_step_folders(checkpoints))
+        damaged = [folder for folder in folders if folder > final]  # or the run would have continued from one of them
+        for old in damaged + folders[: max(len(folders) - len(damaged) - keep_last, 0)]:
             shutil.rmtree(old)
     return final
 
