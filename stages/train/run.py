@@ -115,6 +115,8 @@ def train(
             save_draft(draft_dir, draft_model=model, dtype=getattr(torch, train.dtype))
             return TrainResult(draft_dir=draft_dir, num_steps=start, was_complete=True)
         # 3. Steps.
+        if start:
+            logger.info("continuing behind step %d of %d", start, schedule.num_steps)
         log = MetricsLog(train.run_dir, resume_step=start)
         try:
             stepper = Stepper(module=module, optimizer=optimizer, reader=reader, train=train)
@@ -171,7 +173,6 @@ def _resume(
             + "\nset train.run_dir to a new folder, or restore these settings to continue"
         )
     load_checkpoint(folder, draft_model=model, optimizer=optimizer)
-    logger.info("continuing at step %d from %s", state.step, folder)
     return state.step
 
 
