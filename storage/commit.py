@@ -5,11 +5,15 @@ time and no host, so the same shard has the same record wherever it was computed
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from storage import layout
+from storage.encodings import Encoding
 from storage.errors import CacheCorruptError, CacheFormatError
 from storage.files import read_inside
 from storage.index import PlanIndex
@@ -45,6 +49,15 @@ class CommitRecord(SealedRecord):
     excluded: tuple[ExcludedSample, ...]
 
 
+class LossyCommitRecord(CommitRecord):
+    """The record of a lossy encoding: with total variations between the exact and the decoded target distribution.
+
+    At some supervised positions of the shard, ascending, to six decimals.
+    """
+
+    total_variation: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlannedShard:
     """What the plan says about a shard, against which its record is held."""
@@ -54,7 +67,13 @@ class PlannedShard:
     plan_digest: str
     num_samples: int
     num_tokens: int
-    arrays: tuple[ArraySpec, ArraySpec]
+    arrays: tuple[ArraySpec, ...]
+    encoding: Encoding
+
+    def specs_of(self, array: str) -> tuple[ArraySpec, ...]:
+        """An array of states, followed by its scales where it has any."""
+        names = (array, layout.scale_name(array))
+        return tuple(spec for spec in self.arrays if spec.name in names)
 
 
 def plan_shard(root: Path, manifest: Manifest, index: PlanIndex, shard: int) -> PlannedShard:
@@ -67,6 +86,7 @@ def plan_shard(root: Path, manifest: Manifest, index: PlanIndex, shard: int) -> 
         num_samples=len(index.shard_rows(shard)),
         num_tokens=num_tokens,
         arrays=plan_arrays(manifest.header, num_tokens),
+        encoding=manifest.header.encoding,
     )
 
 
@@ -74,23 +94,27 @@ def seal_commit(
     planned: PlannedShard,
     *,
     token_digest: str,
-    chunk_crc32c: Sequence[Sequence[str]],
+    arrays: Mapping[str, ArrayRecord],
     excluded: Sequence[ExcludedSample] = (),
+    total_variation: Sequence[float] = (),
 ) -> CommitRecord:
-    """The record of a written shard; ``chunk_crc32c`` has one list per array."""
-    arrays = {
-        spec.name: ArrayRecord(file_bytes=spec.file_bytes, chunk_crc32c=tuple(checksums))
-        for spec, checksums in zip(planned.arrays, chunk_crc32c, strict=True)
-    }
-    return CommitRecord.seal(
+    """The record of a written shard. ``total_variation`` is that of a lossy encoding, in any order."""
+    measured = {"total_variation": tuple(sorted(round(value, 6) for value in total_variation))}
+    return record_type(planned).seal(
         shard=planned.shard,
         plan_digest=planned.plan_digest,
         num_samples=planned.num_samples,
         num_tokens=planned.num_tokens,
         token_digest=token_digest,
-        arrays=arrays,
+        arrays=dict(arrays),
         excluded=tuple(sorted(excluded, key=lambda sample: sample.sample_id)),
+        **(measured if planned.encoding.lossy else {}),
     )
+
+
+def record_type(planned: PlannedShard) -> type[CommitRecord]:
+    """The form that the shard's record has."""
+    return LossyCommitRecord if planned.encoding.lossy else CommitRecord
 
 
 def list_commits(root: Path) -> tuple[set[int], set[int]]:
@@ -110,7 +134,7 @@ def read_commit(planned: PlannedShard, *, has_marker: bool) -> CommitRecord:
         data = read_inside(planned.root, name)
     except FileNotFoundError as error:
         raise CacheCorruptError(f"{where}: is gone; run extract again to compute this shard") from error
-    record = CommitRecord.parse(data, where=str(where))
+    record = record_type(planned).parse(data, where=str(where))
     check_commit(record, planned)
     if bool(record.excluded) != has_marker:
         state = "has no" if record.excluded else "has a"
@@ -133,8 +157,8 @@ def check_commit(record: CommitRecord, planned: PlannedShard) -> None:
     wrong = [f"{name} {got}, planned {expected}" for name, (got, expected) in pairs.items() if got != expected]
     for spec in planned.arrays:
         array = record.arrays.get(spec.name)
-        if array and (array.file_bytes, len(array.chunk_crc32c)) != (spec.file_bytes, spec.num_chunks):
-            wrong.append(f"{spec.name} {array.file_bytes} bytes, planned {spec.file_bytes}")
+        if array and not (spec.fits(array.file_bytes) and len(array.chunk_crc32c) == spec.num_chunks):
+            wrong.append(f"{spec.name} {array.file_bytes} bytes, planned {spec.max_file_bytes}")
     if wrong:
         where = planned.root / layout.commit_name(planned.shard)
         raise CacheFormatError(f"{where}: is of another shard or plan: {'; '.join(wrong)}; {remedy(planned.shard)}")

@@ -18,6 +18,7 @@ SHARDS = "shards"
 COMMITS = "commits"
 HIDDEN_STATES = "hidden_states"
 LAST_HIDDEN_STATES = "last_hidden_states"
+SCALE_SUFFIX = "_scale"
 ZARR_METADATA = "zarr.json"
 
 _TEMP = re.compile(r"\.tmp-([0-9a-f]{12})-([0-9]{1,10})-([0-9]{1,20})-([0-9a-f]{8})-.+", re.DOTALL)
@@ -41,6 +42,11 @@ def commit_name(shard: int) -> str:
 def excluded_name(shard: int) -> str:
     """The empty file that says: this shard's record names excluded samples."""
     return f"{COMMITS}/{shard:05d}.excluded"
+
+
+def scale_name(array: str) -> str:
+    """The array with the scales of another one, in the same group."""
+    return array + SCALE_SUFFIX
 
 
 def group_metadata_name() -> str:

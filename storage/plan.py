@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage import layout
-from storage.commit import PlannedShard, plan_shard, seal_commit
+from storage.commit import ArrayRecord, PlannedShard, plan_shard, seal_commit
 from storage.errors import CacheCorruptError, CacheUsageError
 from storage.files import crc32c_hex, hash_inside, read_inside
 from storage.index import PlanIndex, parse_index
@@ -83,9 +83,10 @@ class CachePlan:
         return plan_shard(self.path, self.manifest, self.index, shard)
 
     def bytes_on_disk(self, shards: Iterable[int] | None = None) -> int:
-        """Exact size of the files that these shards (default: all) will have, in bytes, record included.
+        """Size of the files that these shards (default: all) will have, in bytes, records included.
 
-        Excluded samples add to a record, which is not foreseen.
+        Exact, but for what excluded samples and a lossy encoding's measurements add to a record; of a compressed
+        encoding it is what the files cannot exceed.
         """
         wanted = range(self.num_shards) if shards is None else shards
         return sum(_shard_file_bytes(self.planned_shard(shard)) for shard in wanted)
@@ -130,8 +131,10 @@ def read_shard_samples(root: Path, manifest: Manifest, index: PlanIndex, shard: 
 
 
 def _shard_file_bytes(planned: PlannedShard) -> int:
-    record = seal_commit(
-        planned, token_digest="0" * 64, chunk_crc32c=[["0" * 8] * spec.num_chunks for spec in planned.arrays]
-    )
-    arrays = sum(spec.file_bytes + len(spec.metadata()) for spec in planned.arrays)
+    records = {
+        spec.name: ArrayRecord(file_bytes=spec.max_file_bytes, chunk_crc32c=("0" * 8,) * spec.num_chunks)
+        for spec in planned.arrays
+    }
+    record = seal_commit(planned, token_digest="0" * 64, arrays=records)
+    arrays = sum(spec.max_file_bytes + len(spec.metadata()) for spec in planned.arrays)
     return arrays + len(group_metadata()) + len(record.render())

@@ -10,6 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self, SupportsIndex
@@ -25,7 +26,7 @@ from storage.manifest import SPLITS, CacheIdentity, Manifest, Split
 from storage.mounts import is_network_path
 from storage.plan import CachePlan, check_recorded, read_shard_samples
 from storage.samples import ShardTokens, concatenate
-from storage.shard_files import ShardArray, open_arrays
+from storage.shard_files import Access, States, open_arrays
 
 Io = Literal["auto", "mmap", "pread"]
 Checks = Literal["touch", "size"]
@@ -54,8 +55,8 @@ class Sample:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _OpenShard:
     tokens: ShardTokens
-    hidden: ShardArray
-    last: ShardArray
+    hidden: States
+    last: States
 
 
 @dataclass(kw_only=True, eq=False)
@@ -65,6 +66,7 @@ class _State:
     pid: int = field(default_factory=os.getpid)
     lock: threading.Lock = field(default_factory=threading.Lock)
     shards: OrderedDict[int, _OpenShard] = field(default_factory=OrderedDict)
+    pool: Executor | None = None
 
 
 class CacheReader(Sequence[Sample]):
@@ -185,7 +187,7 @@ class CacheReader(Sequence[Sample]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the states."""
+        """The dtype of the states that are read."""
         return self.manifest.header.encoding.torch_dtype
 
     @property
@@ -226,13 +228,15 @@ class CacheReader(Sequence[Sample]):
         with state.lock:
             opened = state.shards.pop(shard, None)
             if opened is None:
-                opened = self._read_shard(shard)
+                if state.pool is None and self.manifest.header.encoding.compressed:
+                    state.pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="decode")
+                opened = self._read_shard(shard, state.pool)
             state.shards[shard] = opened
             while len(state.shards) > MAX_OPEN_SHARDS:
                 state.shards.popitem(last=False)
             return opened
 
-    def _read_shard(self, shard: int) -> _OpenShard:
+    def _read_shard(self, shard: int, pool: Executor | None) -> _OpenShard:
         plan = self._plan
         planned = plan_shard(plan.path, plan.manifest, plan.index, shard)
         record = read_commit(planned, has_marker=shard in self._markers)
@@ -241,7 +245,9 @@ class CacheReader(Sequence[Sample]):
             raise CacheCorruptError(
                 f"{plan.path}: shard {shard} was computed from other tokens than the plan has; {remedy(shard)}"
             )
-        hidden, last = open_arrays(planned, record, mapped=self._mapped, check=self._checks == "touch")
+        hidden, last = open_arrays(
+            planned, record, Access(mapped=self._mapped, check=self._checks == "touch", pool=pool)
+        )
         return _OpenShard(tokens=tokens, hidden=hidden, last=last)
 
     def _select(self, hidden_TLD: torch.Tensor) -> torch.Tensor:

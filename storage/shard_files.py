@@ -1,152 +1,264 @@
-"""Rows of one committed shard: a private mapping, or large reads; checked before they are handed out.
+"""Rows of one shard's arrays: mapped, or read in large requests; checked, decoded, and handed out as tensors.
 
-Opening compares metadata and sizes with the plan, so a truncated file is an error and not a SIGBUS. With
-``checks="touch"`` each inner chunk's crc32c is compared when its first row is asked for.
+Opening compares sizes with the commit, so a truncated file is an error and not a SIGBUS. With ``check`` each inner
+chunk's crc32c is compared when its first row is asked for; a compressed one always, since it is decoded each time.
 """
 
-import math
+import contextlib
 import mmap
 import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from storage import layout
+from storage.codecs import decompress, dequantize
 from storage.commit import ArrayRecord, CommitRecord, PlannedShard, remedy
+from storage.encodings import INNER_TOKENS, Encoding
 from storage.errors import CacheCorruptError, CacheReadError
 from storage.files import crc32c_hex, open_inside, read_inside
-from storage.zarr_array import INNER_TOKENS, ArraySpec
+from storage.zarr_array import ArraySpec
 
 # Untouched pages of a private mapping must not count against the machine's commit limit. Linux only.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 
 
-class ShardArray:
-    """One array of a shard, opened. ``read(start, stop)`` gives rows [stop - start, *row_shape]."""
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """How files are read: mapped or by ``pread``, with checksums or without; ``pool`` decompresses side by side."""
 
-    def __init__(self, planned: PlannedShard, spec: ArraySpec, record: ArrayRecord, *, check: bool) -> None:
-        self._shard = planned.shard
-        self._spec = spec
-        self._name = f"{layout.shard_name(planned.shard)}/{spec.data_name}"
-        self._path = planned.root / self._name
-        self._expected = record.chunk_crc32c
-        self._unchecked = np.full(spec.num_chunks, check, dtype=np.bool_)
-        _check_metadata(planned, spec)
+    mapped: bool
+    check: bool
+    pool: Executor | None = None
+
+
+class States(Protocol):
+    """An array of states, opened."""
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows of a sample; every inner chunk that they lie in has matched its crc32c in this process."""
-        raise NotImplementedError
-
-    def _open(self, root: Path) -> int:
-        """Open the chunk file; its size must be the planned one."""
-        try:
-            fd = open_inside(root, self._name)
-        except FileNotFoundError as error:
-            raise CacheCorruptError(f"{self._path}: is gone, but committed; {remedy(self._shard)}") from error
-        size = os.fstat(fd).st_size
-        if size != self._spec.file_bytes:
-            os.close(fd)
-            raise CacheCorruptError(
-                f"{self._path}: has {size} bytes, expected {self._spec.file_bytes} (truncated or overwritten); "
-                f"{remedy(self._shard)}"
-            )
-        return fd
-
-    def _chunks(self, start: int, stop: int) -> range:
-        return range(start // INNER_TOKENS, -(-stop // INNER_TOKENS))
-
-    def _check(self, chunk: int, data: npt.NDArray[np.uint8]) -> None:
-        found = crc32c_hex(data)
-        if found != self._expected[chunk]:
-            raise CacheCorruptError(
-                f"{self._path}: inner chunk {chunk} (tokens from {chunk * INNER_TOKENS}) has crc32c {found}, "
-                f"expected {self._expected[chunk]}; {remedy(self._shard)}"
-            )
-        self._unchecked[chunk] = False
+        """Rows [stop - start, *row_shape] in the encoding's dtype; every byte they come from has been checked."""
 
 
-class MappedArray(ShardArray):
-    """The payload mapped: rows are views of the page cache, no byte is copied.
+class ShardFile(Protocol):
+    """A chunk file whose size has been checked."""
+
+    path: Path
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Bytes start to stop."""
+
+    def expect(self, start: int, stop: int) -> None:
+        """Say that these bytes will be read soon."""
+
+
+class MappedFile:
+    """Bytes are views of the page cache, none is copied.
 
     The mapping is private and copy-on-write, so that torch gets the writable memory that it wants and no write can
     reach the file; it lives as long as a tensor made from it.
     """
 
-    def __init__(self, planned: PlannedShard, spec: ArraySpec, record: ArrayRecord, *, check: bool) -> None:
-        super().__init__(planned, spec, record, check=check)
-        fd = self._open(planned.root)
+    def __init__(self, root: Path, name: str, *, num_bytes: int, hint: str) -> None:
+        self.path = root / name
+        fd = _open(root, name, num_bytes=num_bytes, hint=hint)
         try:
-            mapping = mmap.mmap(
-                fd, spec.file_bytes, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            self._mapping = mmap.mmap(
+                fd, num_bytes, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
             )
         except OSError as error:
-            raise CacheReadError(f"{self._path}: cannot map: {error.strerror}; use io='pread'") from error
+            raise CacheReadError(f"{self.path}: cannot map: {error.strerror}; use io='pread'") from error
         finally:
             os.close(fd)
-        self._bytes = np.frombuffer(mapping, dtype=np.uint8)
-        count = spec.num_tokens * math.prod(spec.row_shape)
-        flat = torch.frombuffer(mapping, dtype=spec.encoding.torch_dtype, count=count)
-        self._rows = flat.view(spec.num_tokens, *spec.row_shape)
+        self._bytes = np.frombuffer(self._mapping, dtype=np.uint8)
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """A view of rows start to stop."""
-        size = self._spec.chunk_bytes
-        for chunk in self._chunks(start, stop):
-            if self._unchecked[chunk]:
-                self._check(chunk, self._bytes[chunk * size : (chunk + 1) * size])
-        return self._rows[start:stop]
+    def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """A view."""
+        return self._bytes[start:stop]
+
+    def expect(self, start: int, stop: int) -> None:
+        """Start reading ahead: page faults alone would fetch small windows one after the other."""
+        first = start - start % mmap.PAGESIZE
+        with contextlib.suppress(OSError):  # advice only
+            self._mapping.madvise(mmap.MADV_WILLNEED, first, stop - first)
 
 
-class PositionedArray(ShardArray):
-    """The payload read by ``pread``: one large request a sample, whole inner chunks where one is still unchecked."""
+class PositionedFile:
+    """Bytes are copies, fetched by ``pread`` in requests as large as what is asked for."""
 
-    def __init__(self, planned: PlannedShard, spec: ArraySpec, record: ArrayRecord, *, check: bool) -> None:
-        super().__init__(planned, spec, record, check=check)
-        self._file = os.fdopen(self._open(planned.root), "rb", buffering=0)
+    def __init__(self, root: Path, name: str, *, num_bytes: int, hint: str) -> None:
+        self.path = root / name
+        self._hint = hint
+        self._file = os.fdopen(_open(root, name, num_bytes=num_bytes, hint=hint), "rb", buffering=0)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self._file.close()
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """A copy of rows start to stop."""
-        chunks = self._chunks(start, stop)
-        if not self._unchecked[chunks.start : chunks.stop].any():
-            return self._as_rows(self._read_bytes(start * self._spec.row_bytes, stop * self._spec.row_bytes))
-        size = self._spec.chunk_bytes
-        data = self._read_bytes(chunks.start * size, chunks.stop * size)
-        for place, chunk in enumerate(chunks):
-            if self._unchecked[chunk]:
-                self._check(chunk, data[place * size : (place + 1) * size])
-        first = start - chunks.start * INNER_TOKENS
-        return self._as_rows(data)[first : first + stop - start]
-
-    def _as_rows(self, data: npt.NDArray[np.uint8]) -> torch.Tensor:
-        return torch.from_numpy(data).view(self._spec.encoding.torch_dtype).view(-1, *self._spec.row_shape)
-
-    def _read_bytes(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """A copy."""
         data = np.empty(stop - start, dtype=np.uint8)
         done = 0
         while done < len(data):
             try:
                 count = os.preadv(self._file.fileno(), [data.data[done:]], start + done)
             except OSError as error:
-                raise CacheReadError(f"{self._path}: cannot read: {error.strerror}") from error
+                raise CacheReadError(f"{self.path}: cannot read: {error.strerror}") from error
             if count == 0:
-                raise CacheCorruptError(f"{self._path}: ends at byte {start + done}; {remedy(self._shard)}")
+                raise CacheCorruptError(f"{self.path}: ends at byte {start + done}; {self._hint}")
             done += count
         return data
 
+    def expect(self, start: int, stop: int) -> None:
+        """Nothing: the request itself is large."""
 
-def open_arrays(
-    planned: PlannedShard, record: CommitRecord, *, mapped: bool, check: bool
-) -> tuple[ShardArray, ShardArray]:
+
+class StoredArray:
+    """The rows of one chunk file as they are stored, decompressed where need be."""
+
+    def __init__(self, file: ShardFile, spec: ArraySpec, record: ArrayRecord, access: Access, *, hint: str) -> None:
+        self._file = file
+        self._spec = spec
+        self._expected = record.chunk_crc32c
+        self._unchecked = np.full(spec.num_chunks, access.check, dtype=np.bool_)
+        self._pool = access.pool
+        self._hint = hint
+        self._offsets = np.arange(spec.num_chunks + 1, dtype=np.int64) * spec.chunk_bytes
+        if spec.compressed:
+            footer = file.read(record.file_bytes - spec.footer_bytes, record.file_bytes).tobytes()
+            where = f"{file.path}: {hint}"
+            self._offsets = spec.parse_footer(footer, file_bytes=record.file_bytes, where=where)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [stop - start, *row_shape] of the element's dtype."""
+        spec = self._spec
+        chunks = range(start // spec.chunk_rows, -(-stop // spec.chunk_rows))
+        if spec.compressed:
+            return self._as_rows(self._read_compressed(chunks, start, stop))
+        if not self._unchecked[chunks.start : chunks.stop].any():
+            return self._as_rows(self._file.read(start * spec.row_bytes, stop * spec.row_bytes))
+        first = chunks.start * spec.chunk_rows
+        data = self._file_chunks(chunks)
+        for place, chunk in enumerate(chunks):
+            if self._unchecked[chunk]:
+                self._check(chunk, data[place * spec.chunk_bytes : (place + 1) * spec.chunk_bytes])
+        return self._as_rows(data[(start - first) * spec.row_bytes : (stop - first) * spec.row_bytes])
+
+    def _file_chunks(self, chunks: range) -> npt.NDArray[np.uint8]:
+        first, last = int(self._offsets[chunks.start]), int(self._offsets[chunks.stop])
+        self._file.expect(first, last)
+        return self._file.read(first, last)
+
+    def _read_compressed(self, chunks: range, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        spec = self._spec
+        data = self._file_chunks(chunks)
+        base = int(self._offsets[chunks.start])
+        out = np.empty((stop - start) * spec.row_bytes, dtype=np.uint8)
+
+        def decode(chunk: int) -> None:
+            first, last = (self._offsets[chunk : chunk + 2] - base).tolist()
+            self._check(chunk, data[first:last])
+            place = (chunk * spec.chunk_rows - start) * spec.row_bytes  # of the chunk's first byte in `out`
+            whole = place >= 0 and place + spec.chunk_bytes <= out.size
+            into = out[place : place + spec.chunk_bytes] if whole else np.empty(spec.chunk_bytes, dtype=np.uint8)
+            try:
+                decompress(data[first:last], into)
+            except ValueError as error:
+                raise CacheCorruptError(f"{self._file.path}: inner chunk {chunk}: {error}; {self._hint}") from error
+            if not whole:
+                kept = slice(max(-place, 0), min(out.size - place, spec.chunk_bytes))
+                out[place + kept.start : place + kept.stop] = into[kept]
+
+        if len(chunks) == 1 or self._pool is None:
+            for chunk in chunks:
+                decode(chunk)
+        else:
+            list(self._pool.map(decode, chunks))
+        return out
+
+    def _check(self, chunk: int, data: npt.NDArray[np.uint8]) -> None:
+        found = crc32c_hex(data)
+        if found != self._expected[chunk]:
+            raise CacheCorruptError(
+                f"{self._file.path}: inner chunk {chunk} (rows from {chunk * self._spec.chunk_rows}) has crc32c "
+                f"{found}, expected {self._expected[chunk]}; {self._hint}"
+            )
+        self._unchecked[chunk] = False
+
+    def _as_rows(self, data: npt.NDArray[np.uint8]) -> torch.Tensor:
+        return torch.from_numpy(data).view(self._spec.element.torch_dtype).view(-1, *self._spec.row_shape)
+
+
+class ScaledStates:
+    """States that are stored as one byte a value and scales."""
+
+    def __init__(self, values: StoredArray, scales: StoredArray, encoding: Encoding) -> None:
+        self._values = values
+        self._scales = scales
+        self._encoding = encoding
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of a sample, decoded."""
+        encoding = self._encoding
+        rows = (start // INNER_TOKENS, -(-stop // INNER_TOKENS)) if encoding.scaling == "chunk" else (start, stop)
+        return dequantize(
+            self._values.read(start, stop),
+            self._scales.read(*rows),
+            scaling=encoding.scaling,
+            start=start,
+            dtype=encoding.torch_dtype,
+        )
+
+
+def open_arrays(planned: PlannedShard, record: CommitRecord, access: Access) -> tuple[States, States]:
     """Open hidden_states and last_hidden_states of a committed shard."""
-    kind = MappedArray if mapped else PositionedArray
-    hidden, last = (kind(planned, spec, record.arrays[spec.name], check=check) for spec in planned.arrays)
+    for spec in planned.arrays:
+        _check_metadata(planned, spec)
+    folder, hint = planned.root / layout.shard_name(planned.shard), remedy(planned.shard)
+    hidden, last = (
+        open_states(folder, planned.specs_of(name), record.arrays, planned.encoding, access, hint=hint)
+        for name in (layout.HIDDEN_STATES, layout.LAST_HIDDEN_STATES)
+    )
     return hidden, last
+
+
+def open_states(
+    folder: Path,
+    specs: Sequence[ArraySpec],
+    records: Mapping[str, ArrayRecord],
+    encoding: Encoding,
+    access: Access,
+    *,
+    hint: str,
+) -> States:
+    """One array of states of the shard in ``folder``, with its scales where it has any; ``hint``: if it is damaged."""
+    kind = MappedFile if access.mapped else PositionedFile
+    arrays = []
+    for spec in specs:
+        record = records[spec.name]
+        file = kind(folder, spec.data_name, num_bytes=record.file_bytes, hint=hint)
+        arrays.append(StoredArray(file, spec, record, access, hint=hint))
+    return arrays[0] if encoding.scaling == "none" else ScaledStates(arrays[0], arrays[1], encoding)
+
+
+def _open(root: Path, name: str, *, num_bytes: int, hint: str) -> int:
+    """Open a chunk file; its size must be the committed one."""
+    try:
+        fd = open_inside(root, name)
+    except FileNotFoundError as error:
+        raise CacheCorruptError(f"{root / name}: is gone, but committed; {hint}") from error
+    size = os.fstat(fd).st_size
+    if size != num_bytes:
+        os.close(fd)
+        raise CacheCorruptError(
+            f"{root / name}: has {size} bytes, expected {num_bytes} (truncated or overwritten); {hint}"
+        )
+    return fd
 
 
 def _check_metadata(planned: PlannedShard, spec: ArraySpec) -> None:
@@ -157,6 +269,6 @@ def _check_metadata(planned: PlannedShard, spec: ArraySpec) -> None:
         raise CacheCorruptError(f"{planned.root / name}: is gone, but committed; {remedy(planned.shard)}") from error
     if found != spec.metadata():
         raise CacheCorruptError(
-            f"{planned.root / name}: is not the metadata of {spec.num_tokens} tokens of {list(spec.row_shape)} in "
-            f"{spec.encoding.name}; {remedy(planned.shard)}"
+            f"{planned.root / name}: is not the metadata of {spec.num_rows} rows of {list(spec.row_shape)} in "
+            f"{planned.encoding.name}; {remedy(planned.shard)}"
         )

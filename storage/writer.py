@@ -9,19 +9,21 @@ that holds the lock on its samples file, and a writer that comes too late is tol
 
 import fcntl
 import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
 from types import TracebackType
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from storage import layout
-from storage.commit import ExcludedSample, list_commits, read_commit, seal_commit
+from storage.commit import ArrayRecord, ExcludedSample, list_commits, read_commit, seal_commit
 from storage.errors import CacheBusyError, CacheUsageError
 from storage.faults import fault_point
 from storage.files import disk_errors, sync_directory, write_atomic, write_durable
 from storage.plan import CachePlan
 from storage.samples import digest_tokens
+from storage.shard_files import Access, open_states
+from storage.state_writer import StateWriter
 from storage.temps import remove_stale_temps, remove_tree, temp_path
 from storage.zarr_array import ArrayWriter, group_metadata
 
@@ -50,18 +52,19 @@ class CacheWriter:
         records = (read_commit(self.plan.planned_shard(shard), has_marker=True) for shard in sorted(markers))
         return sum(len(record.excluded) for record in records)
 
-    def shard(self, shard: int) -> "ShardWriter":
+    def shard(self, shard: int, pool: Executor | None = None) -> "ShardWriter":
         """The context in which a missing shard is written; leaving it without an exception publishes the shard.
 
-        Entering it raises CacheBusyError if another writer holds the shard or has committed it.
+        ``pool`` compresses several inner chunks at once. Entering the context raises CacheBusyError if another writer
+        holds the shard or has committed it.
         """
-        return ShardWriter(self.plan, shard)
+        return ShardWriter(self.plan, shard, pool)
 
 
 class ShardWriter:
     """One shard being written. T tokens, L stored layers, D hidden size. Not for use by two threads at once."""
 
-    def __init__(self, plan: CachePlan, shard: int) -> None:
+    def __init__(self, plan: CachePlan, shard: int, pool: Executor | None = None) -> None:
         self._planned = plan.planned_shard(shard)
         self._samples = plan.read_samples(shard)
         self._final = plan.path / layout.shard_name(shard)
@@ -70,8 +73,11 @@ class ShardWriter:
         self._temp = temp_path(self._final)
         self._lock_path = plan.path / layout.samples_name(shard)
         self._lock_fd = -1
-        self._arrays: list[ArrayWriter] = []
+        self._pool = pool
+        self._is_finished = False
+        self._states: list[StateWriter] = []
         self._excluded: dict[int, ExcludedSample] = {}
+        self._total_variation: list[float] = []
 
     def __enter__(self) -> "ShardWriter":
         try:
@@ -83,8 +89,11 @@ class ShardWriter:
             with disk_errors(self._temp):
                 self._temp.mkdir()
                 write_durable(self._temp / layout.group_metadata_name(), group_metadata())
-                for spec in self._planned.arrays:
-                    self._arrays.append(ArrayWriter(self._temp, spec))
+                for name in (layout.HIDDEN_STATES, layout.LAST_HIDDEN_STATES):
+                    specs = self._planned.specs_of(name)
+                    self._states.append(
+                        StateWriter(self._temp, specs, encoding=self._planned.encoding, pool=self._pool)
+                    )
         except BaseException:
             self._discard()
             raise
@@ -95,16 +104,39 @@ class ShardWriter:
         """Write the next rows in plan order: [T, L, D] and [T, D], of one sample or of several concatenated.
 
         Tensors of another dtype are converted to the encoding's; look for values that are not finite after that.
+        Their memory may be used again afterwards.
         """
         if len(hidden_states) != len(last_hidden_states):
             raise CacheUsageError(
                 f"{self._final}: {len(hidden_states)} rows of hidden_states, but {len(last_hidden_states)} last ones"
             )
-        tensors = (hidden_states, last_hidden_states)
-        rows = [_row_bytes(array, tensor) for array, tensor in zip(self._arrays, tensors, strict=True)]
-        for array, data in zip(self._arrays, rows, strict=True):
-            array.append(data)
+        for states, rows in zip(self._states, (hidden_states, last_hidden_states), strict=True):
+            states.append(rows)
         fault_point("shard.appended")
+
+    def finish(self) -> None:
+        """Write what is left once every row is appended; leaving the context does it too."""
+        if not self._is_finished:
+            for states in self._states:
+                states.finish()
+            self._is_finished = True
+
+    def read_last(self, rows: Iterable[int]) -> torch.Tensor:
+        """`last_hidden_states` [R, D] of rows of the finished shard, as a reader will decode them."""
+        last = self._states[1].arrays
+        opened = open_states(
+            self._temp,
+            [array.spec for array in last],
+            {array.spec.name: _record_of(array) for array in last},
+            self._planned.encoding,
+            Access(mapped=False, check=True),
+            hint="the disk gives back other bytes than were written",
+        )
+        return torch.cat([opened.read(row, row + 1) for row in rows])
+
+    def record_total_variation(self, values: Iterable[float]) -> None:
+        """What a lossy encoding costs: ½·‖p_exact - p_decoded‖₁ of the target's distribution at some positions."""
+        self._total_variation.extend(values)
 
     def exclude(self, sample_id: int, reason: str, layer: int | None = None) -> None:
         """Quarantine a sample of this shard: its rows are still to be appended, but no reader will return it."""
@@ -139,10 +171,9 @@ class ShardWriter:
             raise CacheBusyError(f"{self._commit}: the shard is already committed; compute only the missing shards")
 
     def _publish(self) -> None:
-        for array in self._arrays:
-            array.finish()
+        self.finish()
         fault_point("shard.written")
-        for array in self._arrays:
+        for array in self._arrays():
             array.sync()
         sync_directory(self._temp)
         fault_point("shard.synced")
@@ -166,8 +197,9 @@ class ShardWriter:
         record = seal_commit(
             self._planned,
             token_digest=digest_tokens(self._samples),
-            chunk_crc32c=[array.chunk_crc32c for array in self._arrays],
+            arrays={array.spec.name: _record_of(array) for array in self._arrays()},
             excluded=list(self._excluded.values()),
+            total_variation=self._total_variation,
         )
         self._marker.unlink(missing_ok=True)
         if record.excluded:
@@ -177,8 +209,11 @@ class ShardWriter:
         write_atomic(self._commit, record.render(), fault="commit.written")
         fault_point("commit.renamed")
 
+    def _arrays(self) -> Iterator[ArrayWriter]:
+        return (array for states in self._states for array in states.arrays)
+
     def _discard(self) -> None:
-        for array in self._arrays:
+        for array in self._arrays():
             array.close()
         remove_tree(self._temp)
         if self._lock_fd >= 0:
@@ -186,11 +221,5 @@ class ShardWriter:
             self._lock_fd = -1
 
 
-def _row_bytes(array: ArrayWriter, tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """Check the shape and give the contiguous bytes of the rows in the array's encoding."""
-    spec = array.spec
-    if tuple(tensor.shape[1:]) != spec.row_shape:
-        expected = ", ".join(map(str, spec.row_shape))
-        raise CacheUsageError(f"{spec.name}: expected rows [T, {expected}], got {list(tensor.shape)}")
-    rows = tensor.detach().to(device="cpu", dtype=spec.encoding.torch_dtype).contiguous()
-    return rows.reshape(-1).view(torch.uint8).numpy()
+def _record_of(array: ArrayWriter) -> ArrayRecord:
+    return ArrayRecord(file_bytes=array.file_bytes, chunk_crc32c=tuple(array.chunk_crc32c))

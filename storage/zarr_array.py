@@ -1,14 +1,15 @@
-"""One sharded Zarr v3 array, written by appending: the payload is the plain C-order array from byte 0.
+"""One sharded Zarr v3 array, written by appending whole inner chunks.
 
-The directory holds ``zarr.json`` and one chunk file: inner chunks of 256 tokens in order, the last one padded with
-zeros to full size, then the index (offset and size of each inner chunk, uint64 little-endian) and its crc32c.
-Metadata and index follow from the shape alone, so a reader compares them instead of believing them.
+The directory holds ``zarr.json`` and one chunk file: the inner chunks in order without gaps, the last one padded with
+zeros to full size, then the index (offset and size of each inner chunk, uint64 little-endian) and its crc32c. Of an
+array that is not compressed every byte but the payload follows from the shape, and the payload is the plain C-order
+array from byte 0.
 """
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,114 +17,165 @@ import numpy as np
 import numpy.typing as npt
 
 from storage import layout
-from storage.encodings import Encoding
-from storage.errors import CacheUsageError
-from storage.files import crc32c_hex, disk_errors, extend_crc32c, sync_directory, write_all, write_durable
+from storage.codecs import BLOSC_MAX_OVERHEAD, blosc_metadata
+from storage.encodings import BFLOAT16, INNER_TOKENS, Element
+from storage.errors import CacheCorruptError, CacheUsageError
+from storage.files import Bytes, crc32c_hex, disk_errors, sync_directory, write_all, write_durable
 from storage.manifest import CacheHeader
-
-# Tokens of one inner chunk: the unit of checksums. 7.9 MB at 6 states of 2,560 bf16 values, under 1 ms of crc32c.
-INNER_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySpec:
-    """An array [tokens, *row_shape] of which every byte outside the payload is known in advance."""
+    """An array [num_rows, *row_shape], cut into inner chunks of ``chunk_rows`` rows."""
 
     name: str
-    num_tokens: int
+    num_rows: int
     row_shape: tuple[int, ...]
     dimension_names: tuple[str, ...]
-    encoding: Encoding
+    element: Element
+    chunk_rows: int = INNER_TOKENS
+    compressed: bool = False
     attributes: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.num_tokens < 1:
-            raise CacheUsageError(f"{self.name}: a shard holds at least one token, got {self.num_tokens}")
+        if self.num_rows < 1:
+            raise CacheUsageError(f"{self.name}: a shard holds at least one token, got {self.num_rows}")
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token."""
-        return math.prod(self.row_shape) * self.encoding.itemsize
+        """Bytes of one row, decoded."""
+        return math.prod(self.row_shape) * self.element.torch_dtype.itemsize
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of one inner chunk."""
-        return INNER_TOKENS * self.row_bytes
+        """Bytes of one inner chunk, decoded."""
+        return self.chunk_rows * self.row_bytes
 
     @property
     def num_chunks(self) -> int:
         """Number of inner chunks."""
-        return -(-self.num_tokens // INNER_TOKENS)
+        return -(-self.num_rows // self.chunk_rows)
 
     @property
-    def payload_bytes(self) -> int:
-        """Bytes of the tokens, without padding."""
-        return self.num_tokens * self.row_bytes
+    def footer_bytes(self) -> int:
+        """Bytes of the index of inner chunks and its crc32c."""
+        return 16 * self.num_chunks + 4
 
     @property
-    def file_bytes(self) -> int:
-        """Exact size of the chunk file."""
-        return self.num_chunks * (self.chunk_bytes + 16) + 4
+    def max_file_bytes(self) -> int:
+        """Size of the chunk file: exact where it is not compressed, else what it cannot exceed."""
+        overhead = BLOSC_MAX_OVERHEAD if self.compressed else 0
+        return self.num_chunks * (self.chunk_bytes + overhead) + self.footer_bytes
 
     @property
     def data_name(self) -> str:
         """The chunk file, relative to the shard's directory."""
         return layout.array_data_name(self.name, 1 + len(self.row_shape))
 
-    def footer(self) -> bytes:
-        """The index of inner chunks and its crc32c, at the end of the chunk file."""
+    def fits(self, file_bytes: int) -> bool:
+        """Whether the chunk file may have that size."""
+        if self.compressed:
+            return self.footer_bytes < file_bytes <= self.max_file_bytes
+        return file_bytes == self.max_file_bytes
+
+    def render_footer(self, chunk_sizes: Sequence[int]) -> bytes:
+        """The index of inner chunks of these stored sizes, in bytes, and its crc32c."""
         index = np.empty((self.num_chunks, 2), dtype="<u8")
-        index[:, 0] = np.arange(self.num_chunks, dtype=np.uint64) * np.uint64(self.chunk_bytes)
-        index[:, 1] = self.chunk_bytes
+        index[:, 1] = chunk_sizes
+        index[:, 0] = np.cumsum(index[:, 1]) - index[:, 1]
         data = index.tobytes()
         return data + int(crc32c_hex(data), 16).to_bytes(4, "little")
 
+    def parse_footer(self, data: bytes, *, file_bytes: int, where: str) -> npt.NDArray[np.int64]:
+        """Where each inner chunk starts and the last one ends [num_chunks + 1], from a chunk file's last bytes."""
+        index = np.frombuffer(data[:-4], dtype="<u8").reshape(-1, 2)
+        sizes = index[:, 1].astype(np.int64)
+        fits = bool(np.all((index[:, 1] > 0) & (index[:, 1] <= self.chunk_bytes + BLOSC_MAX_OVERHEAD)))
+        whole = fits and int(sizes.sum()) == file_bytes - self.footer_bytes
+        if not (whole and (self.compressed or set(sizes.tolist()) == {self.chunk_bytes})):
+            raise CacheCorruptError(f"{where}: the index of inner chunks does not fit a file of {file_bytes} bytes")
+        if self.render_footer(sizes.tolist()) != data:
+            raise CacheCorruptError(f"{where}: the index of inner chunks is damaged")
+        return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
     def metadata(self) -> bytes:
         """The bytes of the array's ``zarr.json``."""
-        inner = [INNER_TOKENS, *self.row_shape]
-        outer = [self.num_chunks * INNER_TOKENS, *self.row_shape]
+        inner = [self.chunk_rows, *self.row_shape]
+        outer = [self.num_chunks * self.chunk_rows, *self.row_shape]
         little = {"name": "bytes", "configuration": {"endian": "little"}}
+        # Zarr gives types of one byte no byte order.
+        itemsize = self.element.torch_dtype.itemsize
+        serial = little if itemsize > 1 else {"name": "bytes"}
         sharding = {
             "chunk_shape": inner,
-            "codecs": [little],
+            "codecs": [serial, blosc_metadata(itemsize)] if self.compressed else [serial],
             "index_codecs": [little, {"name": "crc32c"}],
             "index_location": "end",
         }
+        logical = {"logical_dtype": self.element.logical_dtype} if self.element.logical_dtype else {}
         return _render(
             {
                 "zarr_format": 3,
                 "node_type": "array",
-                "shape": [self.num_tokens, *self.row_shape],
-                "data_type": self.encoding.zarr_type,
+                "shape": [self.num_rows, *self.row_shape],
+                "data_type": self.element.zarr_type,
                 "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": outer}},
                 "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-                "fill_value": self.encoding.fill_value,
+                "fill_value": self.element.fill_value,
                 "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-                "attributes": {**self.encoding.attributes, **self.attributes},
+                "attributes": {**logical, **self.attributes},
                 "dimension_names": list(self.dimension_names),
             }
         )
 
 
-def plan_arrays(header: CacheHeader, num_tokens: int) -> tuple[ArraySpec, ArraySpec]:
-    """The two arrays of a shard: hidden_states [T, L, D] and last_hidden_states [T, D]."""
+def plan_arrays(header: CacheHeader, num_tokens: int) -> tuple[ArraySpec, ...]:
+    """The arrays of a shard: hidden_states [T, L, D], last_hidden_states [T, D], and the scales of both, if any."""
     layers, hidden_size = header.identity.layers, header.hidden_size
-    hidden = ArraySpec(
-        name=layout.HIDDEN_STATES,
+    hidden = _plan_states(
+        layout.HIDDEN_STATES,
+        header,
         num_tokens=num_tokens,
-        row_shape=(len(layers), hidden_size),
-        dimension_names=("token", "layer", "hidden"),
-        encoding=header.encoding,
+        axes={"layer": len(layers), "hidden": hidden_size},
         attributes={"layers": list(layers)},
     )
-    last = ArraySpec(
-        name=layout.LAST_HIDDEN_STATES,
-        num_tokens=num_tokens,
-        row_shape=(hidden_size,),
-        dimension_names=("token", "hidden"),
-        encoding=header.encoding,
+    last = _plan_states(
+        layout.LAST_HIDDEN_STATES, header, num_tokens=num_tokens, axes={"hidden": hidden_size}, attributes={}
     )
-    return hidden, last
+    if header.encoding.scaling == "none":
+        return hidden, last
+    return hidden, last, _plan_scales(hidden, header), _plan_scales(last, header)
+
+
+def _plan_states(
+    name: str, header: CacheHeader, *, num_tokens: int, axes: Mapping[str, int], attributes: Mapping[str, object]
+) -> ArraySpec:
+    encoding = header.encoding
+    scales: dict[str, object] = {}
+    if encoding.scaling != "none":
+        tokens = INNER_TOKENS if encoding.scaling == "chunk" else 1
+        scales = {"scale": layout.scale_name(name), "tokens_per_scale": tokens}
+    return ArraySpec(
+        name=name,
+        num_rows=num_tokens,
+        row_shape=tuple(axes.values()),
+        dimension_names=("token", *axes),
+        element=encoding.element,
+        compressed=encoding.compressed,
+        attributes={**attributes, **scales},
+    )
+
+
+def _plan_scales(states: ArraySpec, header: CacheHeader) -> ArraySpec:
+    by_chunk = header.encoding.scaling == "chunk"
+    return ArraySpec(
+        name=layout.scale_name(states.name),
+        num_rows=states.num_chunks if by_chunk else states.num_rows,
+        row_shape=states.row_shape if by_chunk else states.row_shape[:-1],
+        dimension_names=("chunk", *states.dimension_names[1:]) if by_chunk else states.dimension_names[:-1],
+        element=BFLOAT16,
+        chunk_rows=1 if by_chunk else INNER_TOKENS,
+    )
 
 
 def group_metadata() -> bytes:
@@ -136,33 +188,33 @@ def _render(fields: Mapping[str, object]) -> bytes:
 
 
 class ArrayWriter:
-    """Appends rows to a new array and takes the crc32c of each inner chunk on the way."""
+    """Appends inner chunks to a new array and takes the crc32c of each on the way."""
 
     def __init__(self, group: Path, spec: ArraySpec) -> None:
         self.spec = spec
         self.chunk_crc32c: list[str] = []
-        self._written = 0
-        self._crc = 0
+        self._chunk_sizes: list[int] = []
         self._path = group / spec.data_name
         self._path.parent.mkdir(parents=True)
         write_durable(group / layout.array_metadata_name(spec.name), spec.metadata())
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
-    def append(self, rows: npt.NDArray[np.uint8]) -> None:
-        """Write the next rows, given as their contiguous bytes. More rows than planned are an error."""
-        if self._written + rows.size > self.spec.payload_bytes:
-            raise CacheUsageError(f"{self._path}: more rows than the {self.spec.num_tokens} planned ones")
-        self._append(rows)
+    @property
+    def file_bytes(self) -> int:
+        """Size of the chunk file once it is finished."""
+        return sum(self._chunk_sizes) + self.spec.footer_bytes
+
+    def append(self, chunk: Bytes) -> None:
+        """Write the next inner chunk, given as it is stored."""
+        with disk_errors(self._path):
+            write_all(self._fd, chunk)
+        self.chunk_crc32c.append(crc32c_hex(chunk))
+        self._chunk_sizes.append(len(chunk))
 
     def finish(self) -> None:
-        """Pad, write the index, sync the files and directories of the array. Fewer rows than planned are an error."""
-        if self._written != self.spec.payload_bytes:
-            num_rows = self._written // self.spec.row_bytes
-            raise CacheUsageError(f"{self._path}: {num_rows} rows were appended, {self.spec.num_tokens} are planned")
-        padding = self.spec.num_chunks * self.spec.chunk_bytes - self._written
-        self._append(np.zeros(padding, dtype=np.uint8))
+        """Write the index."""
         with disk_errors(self._path):
-            write_all(self._fd, self.spec.footer())
+            write_all(self._fd, self.spec.render_footer(self._chunk_sizes))
 
     def sync(self) -> None:
         """Make the array durable, up to its own directory."""
@@ -179,15 +231,3 @@ class ArrayWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def _append(self, data: npt.NDArray[np.uint8]) -> None:
-        with disk_errors(self._path):
-            write_all(self._fd, data)
-        while data.size:
-            room = self.spec.chunk_bytes - self._written % self.spec.chunk_bytes
-            piece, data = data[:room], data[room:]
-            self._crc = extend_crc32c(self._crc, piece)
-            self._written += piece.size
-            if self._written % self.spec.chunk_bytes == 0:
-                self.chunk_crc32c.append(f"{self._crc:08x}")
-                self._crc = 0

@@ -263,7 +263,7 @@ def reseal(cache: Path, change: Callable[[dict[str, object]], object]) -> None:
         (lambda m: m["files"].pop("samples/00002.parquet"), "do not name the index and 5 samples files"),
         (lambda m: m["plan"].update(num_shards=1 << 60), "do not name the index"),
         (lambda m: m["plan"].update(num_tokens=1), "token counts"),
-        (lambda m: m["header"]["identity"].update(encoding="int8"), "encoding 'int8' is not one"),
+        (lambda m: m["header"]["identity"].update(encoding="int4"), "encoding 'int4' is not one"),
         (lambda m: m.update(layer_convention="Layer id k is the input of block k."), "other conventions"),
     ],
 )

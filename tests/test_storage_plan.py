@@ -23,6 +23,7 @@ from storage import (
     check_identity,
     plan_batches,
 )
+from storage.encodings import ENCODINGS
 from storage.sharding import plan_shards
 from storage_cache import LENGTHS, files_of, make_header, make_identity, make_samples, plan_cache
 
@@ -65,7 +66,15 @@ def test_plan_reads_back_what_was_written(tmp_path: Path) -> None:
 
 
 def test_bytes_per_token_of_the_reference_shape() -> None:
-    assert bytes_per_token(num_layers=5, hidden_size=2560, encoding="bf16") == 30720
+    sizes = {name: bytes_per_token(num_layers=5, hidden_size=2560, encoding=name) for name in ENCODINGS}
+    assert sizes == {
+        "bf16": 30720,
+        "fp16": 30720,
+        "fp32": 61440,
+        "bf16-lossless": 30720,  # before compression
+        "int8": 15360 + 120,
+        "fp8": 15360 + 12,
+    }
 
 
 def test_planning_again_is_refused_and_leaves_the_cache_alone(tmp_path: Path) -> None:
@@ -163,7 +172,7 @@ def test_identity_names_each_field_that_differs() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"layers": (3, 1)}, {"layers": ()}, {"layers": (-2,)}, {"encoding": "int8"}, {"other": 1}, {"dtype": 5}]
+    "change", [{"layers": (3, 1)}, {"layers": ()}, {"layers": (-2,)}, {"encoding": "int4"}, {"other": 1}, {"dtype": 5}]
 )
 def test_identities_are_strict(change: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

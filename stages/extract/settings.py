@@ -58,8 +58,8 @@ class CacheSection(Section):
     """The cache's folder."""
     layers: tuple[int, ...] | None = None
     """Target layers to store, ascending: k is block k's output, -1 the embeddings. Default: five, from 1 to N-3."""
-    encoding: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """How states are stored."""
+    encoding: Literal["bf16", "fp16", "fp32", "bf16-lossless", "int8", "fp8"] = "bf16"
+    """How states are stored: exactly; compressed without loss (0.7 of the bytes); or one byte a value (half)."""
     shard_bytes: int = Field(default=512_000_000, ge=1_000_000)
     """Payload of one shard in bytes, about: the unit of resume, and of memory while extracting."""
     io: Literal["auto", "mmap", "pread"] = "auto"
