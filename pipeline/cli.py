@@ -80,9 +80,17 @@ def estimate(config: Path, overrides: tuple[str, ...]) -> None:
 
 @main.command()
 @_with_config
-def extract(config: Path, overrides: tuple[str, ...]) -> None:
-    """Run the target once and cache its hidden states; continues where an earlier run stopped."""
-    _extract(_load(config, overrides))
+@click.option("--part", metavar="I/N", help="Compute the I-th of N parts, to be merged with those of other machines.")
+def extract(config: Path, overrides: tuple[str, ...], part: str | None) -> None:
+    """Run the target once and cache its hidden states; continues where an earlier run stopped.
+
+    Under torchrun the ranks share the work.
+    """
+    from pipeline import ranks
+
+    settings = _load(config, overrides)
+    ranks.leave_to_child(settings.cache.path)
+    _extract(settings, part=part)
 
 
 @main.command()
@@ -175,10 +183,14 @@ def _cache_path(config: Path, overrides: tuple[str, ...]) -> Path:
     return load_config(config, overrides).cache.path if config.suffix == ".toml" else config
 
 
-def _extract(settings: Config) -> None:
+def _extract(settings: Config, *, part: str | None = None) -> None:
     from pipeline import stage_one
+    from stages.extract.share import Share
 
-    result = stage_one.extract(settings, show_price=lambda price, counts: show.price(console, price, counts))
+    share = Share.of_torchrun() if part is None else Share.parse_part(part)
+    result = stage_one.extract(
+        settings, show_price=lambda price, counts: show.price(console, price, counts), share=share
+    )
     show.extraction(console, result)
 
 

@@ -38,7 +38,9 @@ def extraction(console: Console, result: ExtractResult) -> None:
     """What an extraction did."""
     plan = result.plan
     if result.num_missing_shards:
-        console.print(f"{result.num_missing_shards} shards are still being computed by another process", markup=False)
+        console.print(
+            f"{result.num_missing_shards} shards are missing yet: other ranks or parts compute them", markup=False
+        )
     elif not result.num_computed_shards:
         console.print(f"cache {plan.path} is complete: reusing {result.num_shards} shards", markup=False)
     if not result.num_computed_shards:

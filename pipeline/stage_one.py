@@ -8,6 +8,7 @@ from pipeline.config import Config
 from stages.extract import run
 from stages.extract.price import Price
 from stages.extract.samples import SampleCounts
+from stages.extract.share import Share
 from stages.train.config import build_draft_config
 
 
@@ -37,6 +38,7 @@ def estimate(config: Config) -> tuple[Price, SampleCounts]:
     return run.estimate(settings_of(config), check_target=partial(check_draft, config))
 
 
-def extract(config: Config, *, show_price: Callable[[Price, SampleCounts], None]) -> run.ExtractResult:
+def extract(config: Config, *, show_price: Callable[[Price, SampleCounts], None], share: Share) -> run.ExtractResult:
     """Plan and compute what the cache lacks."""
-    return run.extract(settings_of(config), check_target=partial(check_draft, config), show_price=show_price)
+    check = partial(check_draft, config)
+    return run.extract(settings_of(config), check_target=check, show_price=show_price, share=share)

@@ -1,14 +1,19 @@
 """The torch device that a config names."""
 
+import os
+
 import torch
 
 from stages.errors import SettingError
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises SettingError for a device that torch cannot use here."""
+    """`auto` is CUDA where there is one (under torchrun, the rank's own), else the CPU.
+
+    Raises SettingError for a device that torch cannot use here.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -9,7 +9,7 @@ that holds the lock on its samples file, and a writer that comes too late is tol
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Executor
 from types import TracebackType
 
@@ -34,6 +34,7 @@ class CacheWriter:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.plan = CachePlan.read(path)
         self.path = self.plan.path
+        self._num_excluded: dict[int, int] = {}
         directories = [self.path / layout.SHARDS, self.path / layout.COMMITS]
         for directory in directories:
             directory.mkdir(exist_ok=True)
@@ -46,11 +47,13 @@ class CacheWriter:
             directories = {layout.parse_shard(entry.name) for entry in entries if entry.is_dir()}
         return sorted(set(range(self.plan.num_shards)) - (commits & directories))
 
-    def count_excluded(self) -> int:
-        """Samples that the committed shards exclude."""
-        _, markers = list_commits(self.path)
-        records = (read_commit(self.plan.planned_shard(shard), has_marker=True) for shard in sorted(markers))
-        return sum(len(record.excluded) for record in records)
+    def count_excluded(self, *, without: Collection[int] = ()) -> int:
+        """Samples that the committed shards exclude, but for some shards; each record is read once."""
+        commits, markers = list_commits(self.path)
+        for shard in sorted((commits & markers) - set(self._num_excluded)):
+            record = read_commit(self.plan.planned_shard(shard), has_marker=True)
+            self._num_excluded[shard] = len(record.excluded)
+        return sum(count for shard, count in self._num_excluded.items() if shard not in without)
 
     def shard(self, shard: int, pool: Executor | None = None) -> "ShardWriter":
         """The context in which a missing shard is written; leaving it without an exception publishes the shard.
@@ -80,6 +83,18 @@ class ShardWriter:
         self._total_variation: list[float] = []
 
     def __enter__(self) -> "ShardWriter":
+        return self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.publish()
+        else:
+            self.discard()
+
+    def open(self) -> "ShardWriter":
+        """Take hold of the shard, until it is published or discarded. Raises CacheBusyError."""
         try:
             self._lock()
             if self._commit.exists() and not self._final.is_dir():  # the shard itself is gone
@@ -95,7 +110,7 @@ class ShardWriter:
                         StateWriter(self._temp, specs, encoding=self._planned.encoding, pool=self._pool)
                     )
         except BaseException:
-            self._discard()
+            self.discard()
             raise
         fault_point("shard.opened")
         return self
@@ -144,14 +159,21 @@ class ShardWriter:
             raise CacheUsageError(f"{self._final}: sample {sample_id} is not in this shard, so it cannot be excluded")
         self._excluded[sample_id] = ExcludedSample(sample_id=sample_id, reason=reason, layer=layer)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def publish(self) -> None:
+        """Make the shard durable, give it its name and its record. Raises CacheBusyError if another was faster."""
         try:
-            if error is None:
-                self._publish()
+            self._publish()
         finally:
-            self._discard()
+            self.discard()
+
+    def discard(self) -> None:
+        """Let go of the shard and remove what is not published; may be called at any time and again."""
+        for array in self._arrays():
+            array.close()
+        remove_tree(self._temp)
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
 
     def _lock(self) -> None:
         """Keep other writers away until the process lets go or dies. The samples file is there and never changes."""
@@ -211,14 +233,6 @@ class ShardWriter:
 
     def _arrays(self) -> Iterator[ArrayWriter]:
         return (array for states in self._states for array in states.arrays)
-
-    def _discard(self) -> None:
-        for array in self._arrays():
-            array.close()
-        remove_tree(self._temp)
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
 
 
 def _record_of(array: ArrayWriter) -> ArrayRecord:

@@ -46,12 +46,13 @@ def test_states_equal_the_models_own(name: str, lengths: list[int]) -> None:
     model = make_model(name)
     ids = make_ids(lengths)
     captured = Capture(find_parts(model), layers=LAYERS, dtype=torch.float32)(ids)
-    ids_BT, mask_BT = pad_batch(ids)
-    mask = None if len(set(lengths)) == 1 else mask_BT
+    batch = pad_batch(ids)
+    mask = None if len(set(lengths)) == 1 else batch.attention_mask
+    assert (batch.real_places is None) == (mask is None)
     with torch.inference_mode():
-        output = model(input_ids=ids_BT, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        output = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
         logits = model.get_output_embeddings()(captured.last_hidden_states)
-    real = mask_BT.bool()
+    real = batch.attention_mask.bool()
     for place, layer in enumerate(LAYERS[:-1]):  # transformers' entry k+1 is block k's output, but for the last block
         assert torch.equal(captured.hidden_states[:, place], output.hidden_states[layer + 1][real]), layer
     assert torch.equal(captured.last_hidden_states, output.hidden_states[-1][real])

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from pipeline.config import Config, to_toml
 from pipeline.stage_one import settings_of
 from stages.extract import run
-from stages.extract.capture import Capture, pad_batch
+from stages.extract.capture import Capture, CapturedBatch, PaddedBatch, pad_batch
 from stages.extract.rows import DataError
 from stages.extract.samples import SampleCounts, choose_split
+from stages.extract.shards import QuarantineError
 from stages.extract.target import TargetError, load_target
 from storage import (
     CacheIdentityError,
@@ -49,7 +50,7 @@ def digest_tree(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("encoding", ["bf16", "fp32"])
+@pytest.mark.parametrize("encoding", ["bf16", "fp32", "bf16-lossless"])
 def test_the_cache_equals_a_fresh_forward_bit_for_bit(tmp_path: Path, encoding: str) -> None:
     config = make_config(tmp_path, cache__layers=[-1, 0, 1, 2, 3], cache__encoding=encoding, num_chats=60)
     plan = extract(config).plan
@@ -61,12 +62,11 @@ def test_the_cache_equals_a_fresh_forward_bit_for_bit(tmp_path: Path, encoding: 
             samples = plan.read_samples(shard)
             for batch in plan_batches([sample.num_tokens for sample in samples], config.extract.max_batch_tokens):
                 members = [samples[row] for row in batch]
-                ids_BT, mask_BT = pad_batch([sample.input_ids for sample in members])
-                padded = not bool(mask_BT.all())
+                padded = pad_batch([sample.input_ids for sample in members])
                 with torch.inference_mode():
                     states = parts.model(
-                        input_ids=ids_BT,
-                        attention_mask=mask_BT if padded else None,
+                        input_ids=padded.input_ids,
+                        attention_mask=None if padded.real_places is None else padded.attention_mask,
                         use_cache=False,
                         output_hidden_states=True,
                     ).hidden_states
@@ -291,11 +291,11 @@ def test_the_quarantine_limit_counts_what_earlier_runs_excluded(
     loose = config.extract.model_copy(update={"max_quarantined_fraction": 0.5})
     with monkeypatch.context() as patch:
         poison(patch, 1)  # every chat has the token that opens a message
-        with pytest.raises(run.QuarantineError):
+        with pytest.raises(QuarantineError):
             extract(config.model_copy(update={"extract": loose}))
     committed = len(list((config.cache.path / "commits").glob("*.json")))
     assert committed > 0
-    with pytest.raises(run.QuarantineError):  # although nothing that is still to be computed is poisoned
+    with pytest.raises(QuarantineError):  # although nothing that is still to be computed is poisoned
         extract(config)
     assert len(list((config.cache.path / "commits").glob("*.json"))) == committed
 
@@ -325,19 +325,19 @@ def test_no_such_target(tmp_path: Path) -> None:
 
 def poison(monkeypatch: pytest.MonkeyPatch, token: int) -> None:
     """Let every sequence that contains `token` come out of the target with a NaN in layer 1."""
-    original = Capture.__call__
+    original = Capture.launch
 
-    def call(self: Capture, input_ids: Any) -> Any:
-        batch = original(self, input_ids)
+    def launch(self: Capture, padded: PaddedBatch) -> CapturedBatch:
+        batch = original(self, padded)
         batch = replace(batch, hidden_states=batch.hidden_states.clone())  # may be written to outside inference mode
         start = 0
-        for ids in input_ids:
-            if token in ids:
-                batch.hidden_states[start + len(ids) // 2, 1, 3] = float("nan")
-            start += len(ids)
+        for ids, length in zip(padded.input_ids, padded.num_tokens, strict=True):
+            if token in ids[:length]:
+                batch.hidden_states[start + length // 2, 1, 3] = float("nan")
+            start += length
         return batch
 
-    monkeypatch.setattr(Capture, "__call__", call)
+    monkeypatch.setattr(Capture, "launch", launch)
 
 
 def test_non_finite_samples_are_quarantined_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +359,7 @@ def test_non_finite_samples_are_quarantined_up_to_a_limit(tmp_path: Path, monkey
         assert 4 not in reader.sample_ids
         assert len(reader) == result.plan.manifest.plan.num_samples - 1
     strict = make_config(tmp_path, cache__path=tmp_path / "strict", extract__max_quarantined_fraction=0.0)
-    with pytest.raises(run.QuarantineError, match="1 samples have non-finite states"):
+    with pytest.raises(QuarantineError, match="1 samples have non-finite states"):
         extract(strict)
     assert CachePlan.read(strict.cache.path)
 

@@ -13,18 +13,18 @@ import torch
 import transformers
 
 from stages.device import choose_device
-from stages.errors import StageError
 from stages.extract import target as targets
-from stages.extract.capture import Capture, find_non_finite
-from stages.extract.price import Price, count_forward_parameters, estimate_hours, free_bytes
+from stages.extract.capture import Capture
+from stages.extract.price import Price, count_forward_parameters, estimate_hours, expected_bytes, free_bytes
 from stages.extract.rows import digest_files, expand_files, read_rows
 from stages.extract.samples import SampleCounts, plan_samples
 from stages.extract.self_check import check_batching, check_head
 from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
+from stages.extract.shards import Progress, compute_shards
+from stages.extract.share import ALONE, Share
 from stages.extract.tokenize import SampleTokenizer
 from stages.target_config import check_layers, choose_max_length, default_layers, logit_transform
 from storage import (
-    CacheBusyError,
     CacheHeader,
     CacheIdentity,
     CacheNotFoundError,
@@ -32,9 +32,7 @@ from storage import (
     CacheSpaceError,
     CacheWriter,
     PlannedSample,
-    ShardWriter,
     check_identity,
-    plan_batches,
 )
 
 SPACE_MARGIN_BYTES = 64 << 20  # what must stay free beside the cache: logs, checkpoints, the file system's own needs
@@ -81,10 +79,6 @@ class ExtractResult:
     num_tokens: int
     num_excluded: int
     seconds: float
-
-
-class QuarantineError(StageError, RuntimeError):
-    """Too many samples have non-finite states."""
 
 
 def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
@@ -188,7 +182,7 @@ def make_price(inputs: Inputs, settings: Settings, *, counts: SampleCounts) -> P
         num_tokens=counts.num_tokens,
         num_supervised=counts.num_supervised,
         bytes_per_token=inputs.header.token_bytes,
-        num_bytes=counts.num_tokens * inputs.header.token_bytes,
+        num_bytes=expected_bytes(counts.num_tokens * inputs.header.token_bytes, inputs.header),
         num_free_bytes=free_bytes(settings.cache.path),
         layers=inputs.header.identity.layers,
         max_length=inputs.header.identity.max_length,
@@ -203,8 +197,11 @@ def extract(
     *,
     check_target: CheckTarget | None = None,
     show_price: Callable[[Price, SampleCounts], None] | None = None,
+    share: Share = ALONE,
 ) -> ExtractResult:
     """Plan the cache if it is not planned, then compute and commit every shard that has no commit.
+
+    Of several extractions at once, each has its `share`.
 
     `check_target` may refuse the target's config before anything is done. Raises CacheIdentityError when the folder
     holds a cache of something else, CacheSpaceError when the disk is too small (before the target is loaded),
@@ -217,27 +214,34 @@ def extract(
     if check_target is not None:
         check_target(inputs.config)
     load = functools.cache(functools.partial(targets.load_target, inputs.folder, target=settings.target, device=device))
-    plan = read_plan(settings.cache.path)
+    plan = read_plan(settings.cache.path) if share.plans else _await_plan(settings.cache.path)
     if plan is None:
         plan = _write_plan(inputs, settings, load=load, show_price=show_price)
     else:
         check_identity(plan.manifest.identity, inputs.header.identity, where=settings.cache.path)
     # 2. What is missing, and whether it fits.
     writer = CacheWriter(plan.path)
-    missing = writer.missing_shards()
+    missing = share.plan_turns(writer.missing_shards())
+    computed = []
     if missing:
-        check_space(settings.cache.path, needed=plan.bytes_on_disk(missing))
+        check_space(settings.cache.path, needed=expected_bytes(plan.bytes_on_disk(missing), plan.header))
         # 3. The target, checked on real samples before anything is computed.
-        capture = Capture(load(), layers=plan.header.identity.layers, dtype=plan.header.encoding.torch_dtype)
-        _self_check(capture, parts=load(), samples=plan.read_samples(missing[0]))
-        # 4. Shards, one at a time, each committed whole.
-        missing = _compute_shards(writer, missing, capture=capture, settings=settings)
+        parts = load()
+        capture = Capture(parts, layers=plan.header.identity.layers, dtype=plan.header.encoding.torch_dtype)
+        _self_check(capture, parts=parts, samples=plan.read_samples(missing[0]))
+        # 4. Shards, each committed whole.
+        progress = Progress(plan, missing)
+        for shard in compute_shards(
+            writer, missing, capture=capture, head_VD=parts.lm_head.weight, extract=settings.extract
+        ):
+            computed.append(shard)
+            logger.info("%s", progress.after_shard(shard))
     return ExtractResult(
         plan=plan,
         num_shards=plan.num_shards,
-        num_computed_shards=len(missing),
+        num_computed_shards=len(computed),
         num_missing_shards=len(writer.missing_shards()),
-        num_tokens=sum(plan.planned_shard(shard).num_tokens for shard in missing),
+        num_tokens=sum(plan.planned_shard(shard).num_tokens for shard in computed),
         num_excluded=writer.count_excluded(),
         seconds=time.monotonic() - started,
     )
@@ -249,6 +253,17 @@ def read_plan(path: Path) -> CachePlan | None:
         return CachePlan.read(path)
     except CacheNotFoundError:
         return None
+
+
+def _await_plan(path: Path) -> CachePlan:
+    """The plan that the first rank writes, once it is there."""
+    waited = 0
+    while (plan := read_plan(path)) is None:
+        if waited % 60 == 0:
+            logger.info("waiting for rank 0 to plan %s (do the ranks share this folder? if not, use --part)", path)
+        time.sleep(1)
+        waited += 1
+    return plan
 
 
 def check_space(path: Path, *, needed: int) -> None:
@@ -292,78 +307,3 @@ def _self_check(capture: Capture, *, parts: targets.TargetParts, samples: list[P
     check_head(capture, parts=parts, input_ids=ids[len(ids) // 2])
     if len(ids) > 1:
         check_batching(capture, input_ids=[ids[0], ids[-1]])  # longest and shortest: the most padding
-
-
-def _compute_shards(writer: CacheWriter, missing: list[int], *, capture: Capture, settings: Settings) -> list[int]:
-    """Compute and commit the missing shards; those that this process computed. Others may be at work on the rest.
-
-    Raises QuarantineError once the cache excludes too many samples, whichever run excluded them.
-    """
-    progress = _Progress(writer.plan, missing)
-    computed = []
-    for shard in missing:
-        try:
-            with writer.shard(shard) as shard_writer:
-                _compute_shard(writer, shard_writer, shard, capture=capture, settings=settings)
-        except CacheBusyError:
-            logger.info("shard %6d  is another process's", shard)
-            continue
-        computed.append(shard)
-        logger.info("%s", progress.after_shard(shard))
-    return computed
-
-
-def _compute_shard(
-    writer: CacheWriter, shard_writer: ShardWriter, shard: int, *, capture: Capture, settings: Settings
-) -> None:
-    num_samples = writer.plan.manifest.plan.num_samples
-    limit = settings.extract.max_quarantined_fraction
-    num_excluded = writer.count_excluded()
-    samples = writer.plan.read_samples(shard)
-    for batch in plan_batches([sample.num_tokens for sample in samples], settings.extract.max_batch_tokens):
-        num_excluded += _compute_batch(shard_writer, [samples[row] for row in batch], capture, writer.plan)
-        if num_excluded > limit * num_samples:
-            raise QuarantineError(
-                f"{num_excluded} samples have non-finite states, more than extract.max_quarantined_fraction = "
-                f'{limit} of {num_samples}; try target.dtype = "bfloat16" or "float32", or look at the samples '
-                "named above"
-            )
-
-
-def _compute_batch(shard_writer: ShardWriter, samples: list[PlannedSample], capture: Capture, plan: CachePlan) -> int:
-    captured = capture([sample.input_ids for sample in samples])
-    num_excluded = 0
-    for position, layer, reason in find_non_finite(captured, layers=plan.header.identity.layers):
-        sample = samples[position]
-        place = "last state" if layer is None else f"layer {layer}"
-        logger.warning(
-            "quarantined sample %d (%s row %d): %s, %s",
-            sample.sample_id, sample.source_file, sample.source_row, place, reason,
-        )  # fmt: skip
-        shard_writer.exclude(sample.sample_id, reason, layer)
-        num_excluded += 1
-    shard_writer.append(captured.hidden_states, captured.last_hidden_states)
-    return num_excluded
-
-
-class _Progress:
-    """One fixed-width line a shard: position, rate, bytes, time to go."""
-
-    def __init__(self, plan: CachePlan, missing: list[int]) -> None:
-        self._plan = plan
-        self._total = sum(plan.planned_shard(shard).num_tokens for shard in missing)
-        self._tokens = self._shards = 0
-        self._num_shards = len(missing)
-        self._started = time.monotonic()
-
-    def after_shard(self, shard: int) -> str:
-        self._shards += 1
-        self._tokens += self._plan.planned_shard(shard).num_tokens
-        seconds = time.monotonic() - self._started
-        rate = self._tokens / seconds
-        eta = time.strftime("%H:%M:%S", time.gmtime((self._total - self._tokens) / rate))
-        num_bytes = self._tokens * self._plan.header.token_bytes
-        return (
-            f"shard {shard:6d}  {self._shards:6d}/{self._num_shards}  {self._tokens:13,d}/{self._total:,d} tokens  "
-            f"{rate:9,.0f} tok/s  {num_bytes / 1e9:9.3f} GB  {num_bytes / 1e6 / seconds:7.1f} MB/s  ETA {eta}"
-        )
