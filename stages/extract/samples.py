@@ -3,11 +3,12 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from stages.extract.conversations import parse_row
+from stages.extract.ordered import map_ordered
 from stages.extract.rows import BadRowError, DataError, Row
 from stages.extract.settings import DataSection
 from stages.extract.tokenize import SampleTokenizer
@@ -60,62 +61,89 @@ class SampleCounts:
         return lines
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a row: a sample, or the reason why there is none (`bad`: unreadable, `dropped`: of no use)."""
+
+    row: Row
+    sample: PlannedSample | None = None
+    bad: str | None = None
+    dropped: str | None = None
+    is_truncated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPlanner:
+    """One row, numbered in the order of the source, to its outcome: a pure function, so that processes can share it.
+
+    A row that contains the mask token is bad: to the draft that token means a slot to be filled.
+    """
+
+    tokenizer: SampleTokenizer
+    data: DataSection
+    mask_token_id: int
+
+    def __call__(self, numbered: tuple[int, Row]) -> Outcome:
+        sample_id, row = numbered
+        place = replace(row, value=None)  # what travels back says where the row was, not what was in it
+        try:
+            return self._plan(row, sample_id, place)
+        except BadRowError as error:
+            return Outcome(row=place, bad=str(error))
+
+    def _plan(self, row: Row, sample_id: int, place: Row) -> Outcome:
+        if row.value is None:
+            raise BadRowError(row.error or "unreadable")
+        data = self.data
+        assert data.max_length is not None, "filled in by whoever knows the target"
+        tokens = self.tokenizer(parse_row(row.value))
+        input_ids, loss_mask = tokens.input_ids, tokens.loss_mask
+        is_truncated = len(input_ids) > data.max_length
+        if is_truncated and data.overlong == "drop":
+            return Outcome(row=place, dropped="longer than data.max_length")
+        input_ids, loss_mask = input_ids[: data.max_length], loss_mask[: data.max_length]
+        if int(loss_mask.sum()) < data.min_supervised_tokens:
+            reason = "fewer supervised tokens than data.min_supervised_tokens"
+            return Outcome(row=place, dropped=reason, is_truncated=is_truncated)
+        if self.mask_token_id in input_ids:
+            raise BadRowError(f"contains the mask token {self.mask_token_id}; choose another draft.mask_token_id")
+        sample = PlannedSample(
+            sample_id=sample_id,
+            source_file=row.file,
+            source_row=row.row,
+            input_ids=input_ids,
+            loss_mask=loss_mask,
+            split=choose_split(input_ids, loss_mask, validation_fraction=data.validation_fraction),
+        )
+        return Outcome(row=place, sample=sample, is_truncated=is_truncated)
+
+
 def plan_samples(
     rows: Iterable[Row], *, tokenizer: SampleTokenizer, data: DataSection, mask_token_id: int, counts: SampleCounts
 ) -> Iterator[PlannedSample]:
     """The samples of `rows` in their order, a pure function of the rows; `counts` is updated on the way.
 
-    A row that contains the mask token is bad: to the draft that token means a slot to be filled.
-
-    Raises DataError when more than `data.max_bad_fraction` of the rows are bad, or when nothing is left at the end.
+    Many rows are tokenised by `data.num_processes` processes. Raises DataError when more than `data.max_bad_fraction`
+    of the rows are bad, or when nothing is left at the end.
     """
-    for row in rows:
-        sample_id = counts.num_rows
+    planner = RowPlanner(tokenizer=tokenizer, data=data, mask_token_id=mask_token_id)
+    for outcome in map_ordered(planner, enumerate(rows), num_processes=data.num_processes):
         counts.num_rows += 1
-        try:
-            sample = _plan_sample(row, sample_id=sample_id, tokenizer=tokenizer, data=data, counts=counts)
-            if sample is not None and mask_token_id in sample.input_ids:
-                raise BadRowError(f"contains the mask token {mask_token_id}; choose another draft.mask_token_id")
-        except BadRowError as error:
-            counts.record(counts.bad, reason=str(error), row=row)
+        counts.num_truncated += outcome.is_truncated
+        if outcome.bad is not None:
+            counts.record(counts.bad, reason=outcome.bad, row=outcome.row)
             if counts.num_rows >= MIN_ROWS_TO_JUDGE:
                 _check_bad_fraction(counts, data)
-            continue
-        if sample is not None:
+        elif outcome.dropped is not None:
+            counts.record(counts.dropped, reason=outcome.dropped, row=outcome.row)
+        elif outcome.sample is not None:
             counts.num_samples += 1
-            counts.num_tokens += len(sample.input_ids)
-            counts.num_supervised += int(sample.loss_mask.sum())
-            yield sample
+            counts.num_tokens += outcome.sample.num_tokens
+            counts.num_supervised += outcome.sample.num_supervised
+            yield outcome.sample
     _check_bad_fraction(counts, data)
     if not counts.num_samples:
         raise DataError("\n".join(["no sample is left to train on", *counts.describe()]))
-
-
-def _plan_sample(
-    row: Row, *, sample_id: int, tokenizer: SampleTokenizer, data: DataSection, counts: SampleCounts
-) -> PlannedSample | None:
-    if row.value is None:
-        raise BadRowError(row.error or "unreadable")
-    assert data.max_length is not None, "filled in by whoever knows the target"
-    tokens = tokenizer(parse_row(row.value))
-    input_ids, loss_mask = tokens.input_ids, tokens.loss_mask
-    if len(input_ids) > data.max_length:
-        if data.overlong == "drop":
-            counts.record(counts.dropped, reason="longer than data.max_length", row=row)
-            return None
-        counts.num_truncated += 1
-        input_ids, loss_mask = input_ids[: data.max_length], loss_mask[: data.max_length]
-    if int(loss_mask.sum()) < data.min_supervised_tokens:
-        counts.record(counts.dropped, reason="fewer supervised tokens than data.min_supervised_tokens", row=row)
-        return None
-    return PlannedSample(
-        sample_id=sample_id,
-        source_file=row.file,
-        source_row=row.row,
-        input_ids=input_ids,
-        loss_mask=loss_mask,
-        split=choose_split(input_ids, loss_mask, validation_fraction=data.validation_fraction),
-    )
 
 
 def choose_split(input_ids: np.ndarray, loss_mask: np.ndarray, *, validation_fraction: float) -> Split:

@@ -47,6 +47,8 @@ class DataSection(Section):
     """Share of prompts held out, by a hash of the prompt's tokens: equal prompts are on one side of the split."""
     max_bad_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of unreadable rows above which the run stops."""
+    num_processes: int | None = Field(default=None, ge=1)
+    """Processes that tokenise many rows. Default: one a core. The samples do not depend on it."""
     chat_template: Path | None = None
     """A Jinja file that replaces the tokenizer's own chat template."""
 

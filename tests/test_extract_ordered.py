@@ -1,0 +1,63 @@
+"""Many rows in several processes: the same samples and counts as in one, and a death that is told."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.stage_one import settings_of
+from stages.extract import ordered, run
+from stages.extract.ordered import WorkerError, map_ordered
+from stages.extract.rows import DataError
+from stages.extract.samples import SampleCounts
+from tiny_target import make_chats, make_config, write_jsonl
+
+
+def negate(item: int) -> int:
+    if item < 0:
+        raise DataError(f"item {item}")
+    return -item
+
+
+def die(item: int) -> int:
+    if item == 5000:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+@pytest.mark.parametrize("count", [0, 1, ordered.MIN_ITEMS - 1, ordered.MIN_ITEMS, ordered.MIN_ITEMS + 1, 10_000])
+def test_results_are_in_order(count: int) -> None:
+    assert list(map_ordered(negate, range(count), num_processes=3)) == [-item for item in range(count)]
+
+
+def test_errors_come_out_as_themselves_and_in_their_place() -> None:
+    results = map_ordered(negate, [*range(4500), -7, *range(4500)], num_processes=2)
+    assert [next(results) for _ in range(4352)] == [-item for item in range(4352)]  # whole chunks before the bad one
+    with pytest.raises(DataError, match="item -7"):
+        list(results)
+
+
+def test_a_killed_process_is_an_error_and_no_hang() -> None:
+    with pytest.raises(WorkerError, match="was killed"):
+        list(map_ordered(die, range(9000), num_processes=2))
+
+
+def test_samples_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ordered, "MIN_ITEMS", 64)
+    rows: list[Any] = make_chats(400)
+    rows[7] = {"messages": []}
+    rows[300] = {"nothing": 1}
+    found = []
+    for count in (1, 3):
+        config = make_config(tmp_path, data__num_processes=count, data__max_length=60)
+        write_jsonl(Path(config.data.files[0]), rows)
+        settings = settings_of(config)
+        counts = SampleCounts()
+        inputs = run.describe_inputs(settings)
+        samples = list(run.iterate_samples(inputs, settings, counts=counts))
+        found.append(([(s.sample_id, s.source_row, s.input_ids.tolist(), s.split) for s in samples], counts))
+    assert found[0] == found[1]
+    assert found[0][1].num_bad == 2
+    assert found[0][1].num_truncated > 0
