@@ -30,6 +30,14 @@ def price(console: Console, price: Price, counts: SampleCounts) -> None:
     table.add_row("free disk", _bytes(price.num_free_bytes) + ("" if price.fits else "  [red]does not fit[/red]"))
     table.add_row("forward passes", f"about {_hours(price.hours)} on this machine's {price.device}")
     console.print(table)
+    tiers = Table("cache.encoding", title="the same states in every encoding", title_justify="left", title_style="bold")
+    for title in ("bytes a token", "total", "of bf16"):
+        tiers.add_column(title, justify="right")
+    exact = next(tier for tier in price.tiers if tier.encoding == "bf16").bytes_per_token
+    for tier in price.tiers:
+        sizes = (f"{tier.bytes_per_token:,}", _bytes(tier.num_bytes), f"{tier.bytes_per_token / exact:.2f}")
+        tiers.add_row(tier.encoding, *sizes, style="bold" if tier.encoding == price.encoding else None)
+    console.print(tiers)
     for line in counts.describe():
         console.print(f"  {line}", markup=False)
 

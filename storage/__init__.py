@@ -1,6 +1,6 @@
 """The cache on disk: its plan, its writer, its reader, its verifier. FORMAT.md is the normative description."""
 
-from storage.encodings import bytes_per_token
+from storage.encodings import ENCODINGS, bytes_per_token
 from storage.errors import (
     CacheBusyError,
     CacheCorruptError,
@@ -36,6 +36,7 @@ __all__ = [
     "Split",
     "VerifyReport",
     "Problem",
+    "ENCODINGS",
     "bytes_per_token",
     "check_identity",
     "plan_batches",

@@ -8,11 +8,20 @@ from typing import Any
 
 import torch
 
-from storage import CacheHeader
+from storage import ENCODINGS, CacheHeader
 
 ASSUMED_UTILISATION = 0.4  # assumption: share of the device's matrix rate that a forward pass reaches
 RATE_SECONDS = 0.3  # how long the matrix rate is measured
 COMPRESSED_SHARE = 0.70  # of bf16 states, measured: 0.66 to 0.70; what a cache really takes is known when it is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """What one encoding would take. Exact, but for a compressed one, which is expected from measurements."""
+
+    encoding: str
+    bytes_per_token: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +37,8 @@ class Price:
     num_forward_parameters: int
     hours: float
     device: str
+    encoding: str
+    tiers: tuple[Tier, ...]
     layers: tuple[int, ...]
     max_length: int
 
@@ -39,6 +50,16 @@ class Price:
 def expected_bytes(num_bytes: int, header: CacheHeader) -> int:
     """What `num_bytes` of planned payload will take on disk: less where the encoding compresses them."""
     return int(num_bytes * COMPRESSED_SHARE) if header.encoding.compressed else num_bytes
+
+
+def price_tiers(header: CacheHeader, *, num_tokens: int) -> tuple[Tier, ...]:
+    """The same states in every encoding."""
+    tiers = []
+    for name in ENCODINGS:
+        stored = header.model_copy(update={"identity": header.identity.model_copy(update={"encoding": name})})
+        token_bytes = expected_bytes(stored.token_bytes, stored)
+        tiers.append(Tier(encoding=name, bytes_per_token=token_bytes, num_bytes=num_tokens * token_bytes))
+    return tuple(tiers)
 
 
 def free_bytes(path: Path) -> int:

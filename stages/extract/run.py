@@ -15,7 +15,14 @@ import transformers
 from stages.device import choose_device
 from stages.extract import target as targets
 from stages.extract.capture import Capture
-from stages.extract.price import Price, count_forward_parameters, estimate_hours, expected_bytes, free_bytes
+from stages.extract.price import (
+    Price,
+    count_forward_parameters,
+    estimate_hours,
+    expected_bytes,
+    free_bytes,
+    price_tiers,
+)
 from stages.extract.rows import digest_files, expand_files, read_rows
 from stages.extract.samples import SampleCounts, plan_samples
 from stages.extract.self_check import check_batching, check_head
@@ -181,9 +188,11 @@ def make_price(inputs: Inputs, settings: Settings, *, counts: SampleCounts) -> P
         num_samples=counts.num_samples,
         num_tokens=counts.num_tokens,
         num_supervised=counts.num_supervised,
-        bytes_per_token=inputs.header.token_bytes,
+        bytes_per_token=expected_bytes(inputs.header.token_bytes, inputs.header),
         num_bytes=expected_bytes(counts.num_tokens * inputs.header.token_bytes, inputs.header),
         num_free_bytes=free_bytes(settings.cache.path),
+        encoding=inputs.header.identity.encoding,
+        tiers=price_tiers(inputs.header, num_tokens=counts.num_tokens),
         layers=inputs.header.identity.layers,
         max_length=inputs.header.identity.max_length,
         num_forward_parameters=parameters,
