@@ -24,6 +24,7 @@ from pipeline.stage_one import extract, import_cache, open_source
 from pipeline.stage_two import open_cache, train_draft
 from stages.errors import SettingError
 from stages.extract import import_run
+from stages.extract.import_check import MAX_STATE_ERROR
 from stages.extract.peer_caches import PeerCacheError
 from stages.extract.rows import DataError
 from stages.extract.run import ExtractResult, QuarantineError
@@ -176,11 +177,14 @@ def test_stage_two_trains_on_an_imported_cache(world: World, config: Config, tmp
         open_cache(with_settings(config, target={"model": str(other)}), layers=None)
 
 
-def test_extract_does_not_touch_an_imported_cache(world: World, config: Config, tmp_path: Path) -> None:
+def test_extract_and_import_leave_each_others_caches_alone(world: World, config: Config, tmp_path: Path) -> None:
     import_deepspec(config, write_deepspec(tmp_path / "source", world.forwards, layers=LAYERS))
     config = with_settings(config, data={"files": world.config.data.files}, cache={"layers": LAYERS})
     with pytest.raises(CacheIdentityError, match=r"(?s)data_digest: .*It was imported from deepspec, so it cannot be"):
         extract(config, show_price=lambda *_: None)
+    extracted = with_settings(config, cache={"path": world.config.cache.path})
+    with pytest.raises(CacheIdentityError, match="this run has 'deepspec:"):
+        import_deepspec(extracted, tmp_path / "source")
 
 
 @pytest.mark.parametrize("layers", [(0, 2, 3), (1, 2, 3)])
@@ -194,6 +198,25 @@ def test_wrong_layer_ids_are_diagnosed(world: World, config: Config, tmp_path: P
     shutil.rmtree(source)
     write_deepspec(source, world.forwards, layers=LAYERS)  # mended: the same folder goes on
     assert import_deepspec(config, source).num_missing_shards == 0
+
+
+def test_a_wrong_layer_that_differs_little_is_noticed(world: World, config: Config, tmp_path: Path) -> None:
+    """In deep targets one block changes a state by a few percent only, which other kernels might as well."""
+    target = tmp_path / "calm"
+    shutil.copytree(config.target.model, target)
+    tensors = load_file(target / "model.safetensors")
+    for name in tensors:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] *= 0.004
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    forwards = run_forwards(target, [(forward.input_ids, forward.loss_mask) for forward in world.forwards[:20]])
+    states = [torch.cat([forward.layers([layer]) for forward in forwards]).float() for layer in (1, 2)]
+    assert (states[1] - states[0]).norm() < MAX_STATE_ERROR * states[0].norm()
+    config = with_settings(config, target={"model": str(target)})
+    wrong = write_deepspec(tmp_path / "wrong", forwards, layers=(1,), written_layers=(2,))
+    with pytest.raises(PeerCacheError, match=r"layer 1 of the source is not block 1's output .*, but block 2's output"):
+        import_deepspec(config, wrong)
+    assert import_deepspec(config, write_deepspec(tmp_path / "right", forwards, layers=(1,))).num_missing_shards == 0
 
 
 def test_our_numbering_given_for_theirs_is_diagnosed(world: World, config: Config, tmp_path: Path) -> None:
@@ -380,6 +403,13 @@ def test_a_row_without_usable_states_is_counted_or_stops_the_import(
     assert sorted(CacheReader(config.cache.path).sample_ids.tolist()) == [row for row in range(60) if row != 9]
 
 
+def test_a_first_file_that_cannot_be_read(world: World, config: Config, tmp_path: Path) -> None:
+    folders = write_speculators(tmp_path / "source", world.forwards, layers=THEIR_LAYERS)
+    os.truncate(folders[0] / "hs_0.safetensors", 100)
+    with pytest.raises(PeerCacheError, match=r"hs_0\.safetensors: cannot be read: .*; delete it to leave its row out"):
+        import_speculators(config, folders)
+
+
 def test_a_dataset_that_does_not_belong_to_the_states(world: World, config: Config, tmp_path: Path) -> None:
     folders = write_speculators(tmp_path / "source", world.forwards, layers=THEIR_LAYERS)
     write_dataset(folders[1], world.forwards[:50])
@@ -410,7 +440,7 @@ def test_a_dataset_that_does_not_belong_to_the_states(world: World, config: Conf
 def test_layers_that_cannot_be_the_files(
     world: World, config: Config, tmp_path: Path, layers: tuple[int, ...], message: str
 ) -> None:
-    folders = write_speculators(tmp_path / "source", world.forwards[:20], layers=THEIR_LAYERS)
+    folders = write_speculators(tmp_path / "source", world.forwards[:5], layers=THEIR_LAYERS)
     with pytest.raises((PeerCacheError, SettingError), match=message):
         import_speculators(config, folders, layers=layers)
 

@@ -303,7 +303,7 @@ class SpeculatorsCache:
             with safe_open(file, framework="pt") as tensors:
                 shape = tensors.get_slice("hidden_states").get_shape()
         except (SafetensorError, OSError) as error:
-            raise PeerCacheError(f"{file}: cannot be read: {error}") from error
+            raise PeerCacheError(f"{file}: cannot be read: {error}; delete it to leave its row out") from error
         if len(shape) != 3 or shape[1] != num_slots:
             raise PeerCacheError(
                 f"{file}: hidden_states are {shape}, expected [T, {num_slots}, D]: {num_slots - 1} layers, as --layers "
