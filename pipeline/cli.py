@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,38 @@ def extract(config: Path, overrides: tuple[str, ...], part: str | None) -> None:
     _extract(settings, part=part)
 
 
+def _parse_layers(_context: click.Context, _parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(layer) for layer in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"expected numbers with commas between, as 2,10,18, got {text!r}") from error
+
+
+@main.command("import")
+@_with_config
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--from", "peer", type=click.Choice(["deepspec", "speculators"]), required=True, help="Whose cache it is."
+)
+@click.option("--dataset", type=click.Path(path_type=Path), help="speculators: the Arrow dataset of the rows.")
+@click.option("--layers", callback=_parse_layers, help="speculators: its layer ids as 2,10,18, without the last state.")
+def import_(
+    config: Path,
+    overrides: tuple[str, ...],
+    source: Path,
+    peer: str,
+    dataset: Path | None,
+    layers: tuple[int, ...] | None,
+) -> None:
+    """Write the cache from SOURCE, a cache that another project made for the config's target; continues as extract."""
+    from pipeline import stage_one
+
+    settings = _load(config, overrides)
+    opened = stage_one.open_source(peer, source, dataset=dataset, layers=layers)
+    show_price = partial(show.price, console)
+    show.extraction(console, stage_one.import_cache(settings, opened, show_price=show_price))
+
+
 @main.command()
 @_with_config
 @click.option("--quick", is_flag=True, help="Sizes and records only; do not read the payload.")
@@ -123,8 +156,10 @@ def inspect(config: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--evaluate/--no-evaluate", "then_evaluate", default=True, help="Evaluate the draft at the end.")
 def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_evaluate: bool) -> None:
     """Train a draft from the cache; continues where an earlier run stopped."""
+    from pipeline import stage_two
+
     settings = _load(config, overrides)
-    if extract_missing:
+    if extract_missing and not stage_two.is_imported(settings):
         _extract(settings)
     _train(settings)
     if then_evaluate:

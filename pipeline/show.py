@@ -28,7 +28,8 @@ def price(console: Console, price: Price, counts: SampleCounts) -> None:
     table.add_row("bytes a token", f"{price.bytes_per_token:,}")
     table.add_row("total", _bytes(price.num_bytes))
     table.add_row("free disk", _bytes(price.num_free_bytes) + ("" if price.fits else "  [red]does not fit[/red]"))
-    table.add_row("forward passes", f"about {_hours(price.hours)} on this machine's {price.device}")
+    if price.hours:  # an import computes none
+        table.add_row("forward passes", f"about {_hours(price.hours)} on this machine's {price.device}")
     console.print(table)
     tiers = Table("cache.encoding", title="the same states in every encoding", title_justify="left", title_style="bold")
     for title in ("bytes a token", "total", "of bf16"):

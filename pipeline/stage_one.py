@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from stages.extract import run
+from stages.errors import SettingError
+from stages.extract import import_run, run
+from stages.extract.peer_caches import DeepSpecCache, PeerCache, SpeculatorsCache
 from stages.extract.price import Price
 from stages.extract.samples import SampleCounts
-from stages.extract.share import Share
+from stages.extract.share import ALONE, Share
 from stages.train.config import build_draft_config
 
 
@@ -38,7 +41,28 @@ def estimate(config: Config) -> tuple[Price, SampleCounts]:
     return run.estimate(settings_of(config), check_target=partial(check_draft, config))
 
 
-def extract(config: Config, *, show_price: Callable[[Price, SampleCounts], None], share: Share) -> run.ExtractResult:
+def extract(
+    config: Config, *, show_price: Callable[[Price, SampleCounts], None], share: Share = ALONE
+) -> run.ExtractResult:
     """Plan and compute what the cache lacks."""
     check = partial(check_draft, config)
     return run.extract(settings_of(config), check_target=check, show_price=show_price, share=share)
+
+
+def open_source(name: str, folder: Path, *, dataset: Path | None, layers: tuple[int, ...] | None) -> PeerCache:
+    """The cache of another project in `folder`. Raises PeerCacheError, and SettingError for options that do not fit."""
+    if name == DeepSpecCache.name:
+        if dataset or layers:
+            raise SettingError("--dataset and --layers are for speculators; DeepSpec's files have both")
+        return DeepSpecCache(folder)
+    if not dataset or not layers:
+        raise SettingError("speculators' files name neither rows nor layers; give --dataset and --layers")
+    return SpeculatorsCache(folder, dataset=dataset, layers=layers)
+
+
+def import_cache(
+    config: Config, source: PeerCache, *, show_price: Callable[[Price, SampleCounts], None]
+) -> run.ExtractResult:
+    """Plan and convert what the cache lacks."""
+    check_target = partial(check_draft, config)
+    return import_run.import_cache(settings_of(config), source, check_target=check_target, show_price=show_price)

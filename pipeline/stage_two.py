@@ -14,7 +14,8 @@ from pipeline.stage_one import settings_of
 from stages.device import choose_device
 from stages.errors import SettingError
 from stages.evaluate.cached import CacheEvaluation, evaluate_scores
-from stages.extract.run import configured_identity, describe_inputs
+from stages.extract.import_run import UNKNOWN_FIELDS, describe_imported
+from stages.extract.run import Settings, configured_identity, describe_inputs, read_plan
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
 from stages.train.batches import gather_batch, plan_batches
 from stages.train.checkpoint import save_draft
@@ -46,17 +47,35 @@ def open_cache(config: Config, *, layers: tuple[int, ...] | None) -> CacheReader
     return CacheReader(cache.path, layers=layers, io=cache.io, checks=cache.checks)
 
 
+def is_imported(config: Config) -> bool:
+    """Whether the config's cache is there and came from another project: there is nothing to extract then."""
+    plan = read_plan(config.cache.path)
+    return plan is not None and plan.manifest.identity.imported_from is not None
+
+
 def wanted_identity(config: Config, *, cached: CacheIdentity) -> CacheIdentity:
     """What the config says that the cache should be; fields that cannot be told here are taken from `cached`."""
     settings = settings_of(config)
     known: dict[str, Any] = configured_identity(settings) | {"dtype": config.target.dtype}
     if config.cache.layers is not None:
         known["layers"] = config.cache.layers
+    if cached.imported_from:
+        return _wanted_import(settings, known, cached=cached)
     data_at_hand = all(glob.glob(pattern, recursive=True) for pattern in config.data.files)  # none for an address
     if Path(config.target.model).is_dir() and data_at_hand:
         return describe_inputs(settings).header.identity
     logger.info("target or data are no local files here: the cache is compared with the config's own values only")
     return cached.model_copy(update=known)
+
+
+def _wanted_import(settings: Settings, known: dict[str, Any], *, cached: CacheIdentity) -> CacheIdentity:
+    """As above for an imported cache, whose source is not at hand and whose forward pass was another's."""
+    if Path(settings.target.model).is_dir():
+        layers = settings.cache.layers or cached.layers
+        known = describe_imported(settings, layers=layers, data_digest=cached.data_digest).header.identity.model_dump()
+    else:
+        logger.info("the target is no local folder here: the cache is compared with the config's own values only")
+    return cached.model_copy(update={name: known[name] for name in known.keys() - set(UNKNOWN_FIELDS)})
 
 
 def train_draft(config: Config) -> TrainResult:

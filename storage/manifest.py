@@ -59,6 +59,12 @@ class CacheIdentity(Record):
     max_batch_tokens: Annotated[int, Field(ge=1)]
     shard_bytes: Annotated[int, Field(ge=1)]
 
+    @property
+    def imported_from(self) -> str | None:
+        """The format of the cache that this one was imported from; None if the states were extracted."""
+        name, colon, _ = self.data_digest.partition(":")
+        return name if colon else None
+
     def digest(self) -> str:
         """Hexadecimal sha256 over the format version and every field."""
         fields = {"format_version": FORMAT_VERSION, **self.model_dump(mode="json")}
@@ -83,10 +89,13 @@ def check_identity(cache_identity: CacheIdentity, wanted: CacheIdentity, *, wher
     differences = cache_identity.differences(wanted)
     if differences:
         lines = "".join(f"\n  {line}" for line in differences)
-        raise CacheIdentityError(
-            f"{where}: the cache was made from other inputs:{lines}\n"
-            "Set these back, or name another cache directory and extract again."
-        )
+        advice = "Set these back, or name another cache directory and extract again."
+        if cache_identity.imported_from and not wanted.imported_from:
+            advice = (
+                f"It was imported from {cache_identity.imported_from}, so it cannot be extracted: import continues it, "
+                "train reads it; name another cache directory to extract."
+            )
+        raise CacheIdentityError(f"{where}: the cache was made from other inputs:{lines}\n{advice}")
 
 
 class CacheHeader(Record):

@@ -281,7 +281,7 @@ def _check_complete(plan: CachePlan) -> frozenset[int]:
     if missing:
         raise CacheIncompleteError(
             f"{plan.path}: {len(missing)} of {plan.num_shards} shards are missing (first: {missing[0]}); "
-            "run the same extract command again to finish it"
+            "run the same extract (or import) command again to finish it"
         )
     foreign = sorted((commits | markers) - set(range(plan.num_shards)))
     if foreign:

@@ -14,7 +14,7 @@ import transformers
 
 from stages.device import choose_device
 from stages.extract import target as targets
-from stages.extract.capture import Capture
+from stages.extract.capture import Capture, pad_batch
 from stages.extract.price import (
     Price,
     count_forward_parameters,
@@ -27,7 +27,7 @@ from stages.extract.rows import digest_files, expand_files, read_rows
 from stages.extract.samples import SampleCounts, plan_samples
 from stages.extract.self_check import check_batching, check_head
 from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
-from stages.extract.shards import Progress, compute_shards
+from stages.extract.shards import ComputeStates, Progress, compute_shards
 from stages.extract.share import ALONE, Share
 from stages.extract.tokenize import SampleTokenizer
 from stages.target_config import check_layers, choose_max_length, default_layers, logit_transform
@@ -239,12 +239,37 @@ def extract(
         capture = Capture(parts, layers=plan.header.identity.layers, dtype=plan.header.encoding.torch_dtype)
         _self_check(capture, parts=parts, samples=plan.read_samples(missing[0]))
         # 4. Shards, each committed whole.
-        progress = Progress(plan, missing)
-        for shard in compute_shards(
-            writer, missing, capture=capture, head_VD=parts.lm_head.weight, extract=settings.extract
-        ):
-            computed.append(shard)
-            logger.info("%s", progress.after_shard(shard))
+        computed = commit_shards(
+            writer,
+            missing,
+            compute=lambda samples: capture.launch(pad_batch([sample.input_ids for sample in samples])),
+            parts=parts,
+            settings=settings,
+        )
+    return sum_up(writer, computed, started=started)
+
+
+def commit_shards(
+    writer: CacheWriter,
+    missing: list[int],
+    *,
+    compute: ComputeStates,
+    parts: targets.TargetParts,
+    settings: Settings,
+) -> list[int]:
+    """Compute and commit shards, with a line for each; those that were not another process's."""
+    progress = Progress(writer.plan, missing)
+    computed = []
+    head_VD = parts.lm_head.weight
+    for shard in compute_shards(writer, missing, compute=compute, head_VD=head_VD, extract=settings.extract):
+        computed.append(shard)
+        logger.info("%s", progress.after_shard(shard))
+    return computed
+
+
+def sum_up(writer: CacheWriter, computed: list[int], *, started: float) -> ExtractResult:
+    """What a run did that began at `started` of the monotonic clock."""
+    plan = writer.plan
     return ExtractResult(
         plan=plan,
         num_shards=plan.num_shards,

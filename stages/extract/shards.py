@@ -1,7 +1,7 @@
 """Computing the missing shards: four steps that run side by side, each on the result of the one before.
 
-    prepare      read a shard's samples, batch and pad them
-    forward      run the target, copy its states to memory
+    prepare      take hold of a shard, read its samples, batch them
+    compute      get their states: run the target and copy them to memory, or read another project's cache
     write        look for what is not finite, encode, write
     publish      sync, rename, commit
 
@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,12 +22,14 @@ import torch
 
 from stages.errors import StageError
 from stages.extract.ahead import ahead
-from stages.extract.capture import Capture, CapturedBatch, PaddedBatch, find_non_finite, pad_batch
+from stages.extract.capture import CapturedBatch, find_non_finite
 from stages.extract.decode_error import choose_positions, total_variation
 from stages.extract.settings import ExtractSection
 from storage import CacheBusyError, CachePlan, CacheWriter, PlannedSample, ShardWriter, plan_batches
 
 MAX_BATCHES_ALIVE = 8
+
+ComputeStates = Callable[[list[PlannedSample]], CapturedBatch]
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +56,15 @@ class Batch:
 
     shard: OpenShard
     samples: list[PlannedSample]
-    padded: PaddedBatch
     is_last: bool
 
 
 def compute_shards(
-    writer: CacheWriter, shards: list[int], *, capture: Capture, head_VD: torch.Tensor, extract: ExtractSection
+    writer: CacheWriter, shards: list[int], *, compute: ComputeStates, head_VD: torch.Tensor, extract: ExtractSection
 ) -> Iterator[int]:
     """Compute and commit these shards in this order, skipping those that another process holds; yield each committed.
 
+    `compute` gives the states of a batch; `head_VD` is the target's `lm_head`, for what a lossy encoding costs.
     Raises QuarantineError once the cache excludes too many samples, whichever run excluded them.
     """
     plan = writer.plan
@@ -70,11 +72,11 @@ def compute_shards(
     max_alive = min(max(2 * plan.manifest.identity.shard_bytes // batch_bytes, 2), MAX_BATCHES_ALIVE)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="encode"))
-        steps = _Steps(writer, capture=capture, head_VD=head_VD, extract=extract, pool=pool)
+        steps = _Steps(writer, compute=compute, head_VD=head_VD, extract=extract, pool=pool)
         steps.check_quarantine()
         stack.callback(steps.discard)  # whatever is open when an error comes
         prepared = stack.enter_context(ahead(steps.prepare(shards), max_alive=max_alive, name="prepare"))
-        captured = stack.enter_context(ahead(steps.forward(prepared), max_alive=max_alive, name="forward"))
+        captured = stack.enter_context(ahead(steps.compute(prepared), max_alive=max_alive, name="compute"))
         written = stack.enter_context(ahead(steps.write(captured), max_alive=2, name="write"))
         for shard in written:
             yield steps.publish(shard)
@@ -87,14 +89,14 @@ class _Steps:
         self,
         writer: CacheWriter,
         *,
-        capture: Capture,
+        compute: ComputeStates,
         head_VD: torch.Tensor,
         extract: ExtractSection,
         pool: Executor,
     ) -> None:
         self._writer = writer
         self._plan = writer.plan
-        self._capture = capture
+        self._compute = compute
         self._head_VD = head_VD
         self._extract = extract
         self._pool = pool
@@ -113,13 +115,11 @@ class _Steps:
             shard = self._open[number] = OpenShard(number, shard_writer, samples, measured)
             batches = plan_batches([sample.num_tokens for sample in samples], self._extract.max_batch_tokens)
             for rows in batches:
-                members = samples[rows.start : rows.stop]
-                padded = pad_batch([sample.input_ids for sample in members])
-                yield Batch(shard=shard, samples=members, padded=padded, is_last=rows is batches[-1])
+                yield Batch(shard=shard, samples=samples[rows.start : rows.stop], is_last=rows is batches[-1])
 
-    def forward(self, batches: Iterator[Batch]) -> Generator[tuple[Batch, CapturedBatch], None, None]:
+    def compute(self, batches: Iterator[Batch]) -> Generator[tuple[Batch, CapturedBatch], None, None]:
         for batch in batches:
-            yield batch, self._capture.launch(batch.padded)
+            yield batch, self._compute(batch.samples)
 
     def write(self, captured: Iterator[tuple[Batch, CapturedBatch]]) -> Generator[OpenShard, None, None]:
         for batch, states in captured:
