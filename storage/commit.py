@@ -5,7 +5,7 @@ time and no host, so the same shard has the same record wherever it was computed
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +96,12 @@ def seal_commit(
 def list_commits(root: Path) -> tuple[set[int], set[int]]:
     """Shards that have a commit record, and shards that have a marker of excluded samples: names only."""
     directory = root / layout.COMMITS
-    names = os.listdir(directory) if directory.is_dir() else []
+    return parse_commits(os.listdir(directory) if directory.is_dir() else [])
+
+
+def parse_commits(names: Iterable[str]) -> tuple[set[int], set[int]]:
+    """Shards with a record and shards with a marker, of the names in a directory of commits."""
+    names = list(names)
     commits = {shard for name in names if (shard := layout.parse_commit(name)) is not None}
     excluded = {shard for name in names if (shard := layout.parse_excluded(name)) is not None}
     return commits, excluded
@@ -111,7 +116,7 @@ def read_commit(planned: PlannedShard, *, has_marker: bool) -> CommitRecord:
     except FileNotFoundError as error:
         raise CacheCorruptError(f"{where}: is gone; run extract again to compute this shard") from error
     record = CommitRecord.parse(data, where=str(where))
-    check_commit(record, planned)
+    check_commit(record, planned, where=str(where))
     if bool(record.excluded) != has_marker:
         state = "has no" if record.excluded else "has a"
         raise CacheCorruptError(
@@ -121,8 +126,8 @@ def read_commit(planned: PlannedShard, *, has_marker: bool) -> CommitRecord:
     return record
 
 
-def check_commit(record: CommitRecord, planned: PlannedShard) -> None:
-    """Refuse a record of another shard or of another plan."""
+def check_commit(record: CommitRecord, planned: PlannedShard, *, where: str) -> None:
+    """Refuse a record of another shard or of another plan; ``where`` is its file, for messages."""
     pairs = {
         "shard": (record.shard, planned.shard),
         "plan_digest": (record.plan_digest, planned.plan_digest),
@@ -136,7 +141,6 @@ def check_commit(record: CommitRecord, planned: PlannedShard) -> None:
         if array and (array.file_bytes, len(array.chunk_crc32c)) != (spec.file_bytes, spec.num_chunks):
             wrong.append(f"{spec.name} {array.file_bytes} bytes, planned {spec.file_bytes}")
     if wrong:
-        where = planned.root / layout.commit_name(planned.shard)
         raise CacheFormatError(f"{where}: is of another shard or plan: {'; '.join(wrong)}; {remedy(planned.shard)}")
 
 
