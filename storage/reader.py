@@ -293,8 +293,8 @@ class CacheReader(Sequence[Sample]):
             opened = state.shards.get(shard)
             if opened is None:
                 opened = state.shards[shard] = self._read_shard(shard, tokens, lease)
-            if state.ahead is not None:  # beside a plan, as validation is: no more than one shard at a time
-                for other in [other for other in state.shards if other != shard and not state.ahead.needs(other)]:
+            if self._staged is not None:  # of shards that no plan needs, one at a time: others may want the space
+                for other in [other for other in state.shards if other != shard and not _is_needed(state, other)]:
                     _close(state.shards.pop(other))
             _trim(state.shards)
             return opened
@@ -322,7 +322,7 @@ class CacheReader(Sequence[Sample]):
     def _release(self, state: _State) -> bool:
         """Let one staged shard go for the sake of another: rather one that no plan needs, or needs last."""
         with state.lock:
-            spare = next((shard for shard in state.shards if not (state.ahead and state.ahead.needs(shard))), None)
+            spare = next((shard for shard in state.shards if not _is_needed(state, shard)), None)
             if spare is None and state.ahead and state.ahead.give_back():
                 return True
             if spare is None:
@@ -375,6 +375,11 @@ def _plan_selection(places: Sequence[int]) -> slice | torch.Tensor:
     if list(places) == list(range(places[0], places[-1] + 1, step)):
         return slice(places[0], places[-1] + 1, step)
     return torch.tensor(places)
+
+
+def _is_needed(state: _State, shard: int) -> bool:
+    """Whether planned reads of a shard are still to come in this process."""
+    return state.ahead is not None and state.ahead.needs(shard)
 
 
 def _close(opened: _OpenShard) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ from storage.temps import remove_stale_temps, remove_tree
 # Sixty shards of the default size: two shuffle windows of four shards each for seven trainings at once (assumption),
 # and no more than a training machine's local disk has to spare.
 DEFAULT_STAGING_BYTES = 32_000_000_000
+
+# How long a read waits for others to let go of a shard: trainings that share the bound free one in seconds to minutes.
+SPACE_WAIT_SECONDS = 120.0
+SPACE_POLL_SECONDS = 0.1
 
 
 def default_staging() -> Path:
@@ -81,7 +86,8 @@ class StagedCache:
         self._key = hashlib.sha256(data).hexdigest()[:32]
         root = self._folder / self._key
         self._directories = [root, *(root / name for name in (layout.SAMPLES, layout.SHARDS, layout.COMMITS))]
-        for directory in [*self._directories, (self._folder / layout.staging_lock_name(self._key, 0)).parent]:
+        self._directories.append(self._charge(0).parent)
+        for directory in self._directories:
             directory.mkdir(parents=True, exist_ok=True)
         remove_stale_temps(self._directories)
         fetch_recorded(self.store, layout.INDEX, manifest, root=root)
@@ -139,12 +145,10 @@ class StagedCache:
                 f"{self.store.where(layout.commit_name(shard))}: is gone since the cache was opened; push it again"
             ) from error
         charge = self._charge(shard)
-        if charge.exists():  # a dead process was fetching it
+        if charge.exists():  # a dead process was fetching or evicting it
+            remove_tree(self.plan.path / layout.shard_name(shard))
             remove_stale_temps(self._directories)
-        num_bytes = shard_bytes(planned, record)
-        with self._space_lock():
-            self._make_room(num_bytes, shard, release)
-            write_atomic(charge, str(num_bytes).encode(), fault="staging.charge")
+        self._reserve(shard, shard_bytes(planned, record), release)
         fault_point("staging.charged")
         try:
             fetch_shard(self.store, planned, record)
@@ -152,23 +156,35 @@ class StagedCache:
             charge.unlink(missing_ok=True)
             raise
 
-    def _make_room(self, num_bytes: int, shard: int, release: Callable[[], bool] | None) -> None:
-        """Evict shards that nobody uses, the least recently used first, until ``num_bytes`` more are in the bound."""
+    def _reserve(self, shard: int, num_bytes: int, release: Callable[[], bool] | None) -> None:
+        """Make room for a shard and count it. A caller that can release waits for what other runs let go of."""
+        deadline = time.monotonic() + (SPACE_WAIT_SECONDS if release else 0)
         while True:
-            units = sorted(self._list_units(), key=lambda unit: unit.used_ns)
-            used = sum(unit.num_bytes for unit in units if (unit.key, unit.shard) != (self._key, shard))
-            for unit in units:
+            with self._space_lock():
+                used = self._make_room(shard, num_bytes, release)
                 if used + num_bytes <= self._limit:
+                    write_atomic(self._charge(shard), str(num_bytes).encode(), fault="staging.charge")
                     return
-                if self._evict(unit):
-                    used -= unit.num_bytes
-            if used + num_bytes <= self._limit:
-                return
-            if release is None or not release():
+            if num_bytes > self._limit or time.monotonic() > deadline:
                 raise CacheSpaceError(
                     f"{self._folder}: shard {shard} of {self.store.url} takes {num_bytes:,} bytes, {used:,} are in use "
                     f"and {self._limit:,} allowed; raise cache.staging_bytes, or stop another run that reads from here"
                 )
+            time.sleep(SPACE_POLL_SECONDS)
+
+    def _make_room(self, shard: int, num_bytes: int, release: Callable[[], bool] | None) -> int:
+        """Evict shards that nobody uses, the least recently used first, until ``num_bytes`` more are in the bound.
+
+        Gives the bytes that are still taken, by others than ``shard``. Called with the space lock.
+        """
+        while True:
+            units = sorted(self._list_units(), key=lambda unit: unit.used_ns)
+            used = sum(unit.num_bytes for unit in units if (unit.key, unit.shard) != (self._key, shard))
+            for unit in units:
+                if used + num_bytes > self._limit and self._evict(unit):
+                    used -= unit.num_bytes
+            if used + num_bytes <= self._limit or release is None or not release():
+                return used
 
     def _evict(self, unit: _Unit) -> bool:
         """Remove a shard, record first, unless a process uses it."""

@@ -44,9 +44,7 @@ class ObjectStore:
         client = self.client()
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{name}/")
         keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
-        return {
-            key.removeprefix(f"{name}/"): client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys
-        }
+        return {key.removeprefix(f"{name}/"): client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
 
     def put(self, key: str, data: bytes) -> None:
         self.client().put_object(Bucket=BUCKET, Key=key, Body=data)
@@ -79,6 +77,7 @@ def serve_objects() -> Iterator[ObjectStore]:
     old_environment, old_level = dict(os.environ), log.level
     os.environ.update(store.environment())
     log.setLevel(logging.INFO)
+    log.propagate = False  # or every failure comes with hundreds of lines
     log.addHandler(handler)
     try:
         store.client().create_bucket(Bucket=BUCKET)
@@ -86,6 +85,7 @@ def serve_objects() -> Iterator[ObjectStore]:
     finally:
         log.removeHandler(handler)
         log.setLevel(old_level)
+        log.propagate = True
         os.environ.clear()
         os.environ.update(old_environment)
         with contextlib.suppress(Exception):  # a test may have stopped it already
