@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, PlainValidator, field_validator
 
 from stages.errors import SettingError
 from stages.section import Section, parse_layer_ids
@@ -14,9 +14,11 @@ def _parse_files(files: Any) -> Any:
     return (files,) if isinstance(files, str) else tuple(files) if isinstance(files, list) else files
 
 
-def _parse_place(place: Any) -> Any:
+def _parse_place(place: Any) -> Path | str:
     """A path, or an address kept as it is written."""
-    return Path(place) if isinstance(place, str) and "://" not in place else place
+    if not isinstance(place, str | Path):
+        raise ValueError("expected a path or an address")
+    return place if "://" in str(place) else Path(place)
 
 
 class TargetSection(Section):
@@ -60,7 +62,7 @@ class DataSection(Section):
 class CacheSection(Section):
     """Where the states lie and which of them."""
 
-    path: Annotated[Path | str, BeforeValidator(_parse_place)]
+    path: Annotated[Path | str, PlainValidator(_parse_place)]
     """The cache's folder, or, where it is only read, an fsspec address such as `s3://bucket/cache`."""
     staging: Path | None = None
     """Local folder that shards of a cache at an address are fetched into. Default: in the user's cache directory."""
