@@ -147,6 +147,6 @@ def check_commit(record: CommitRecord, planned: PlannedShard, *, where: str) -> 
 def remedy(shard: int) -> str:
     """What to do about a damaged shard."""
     return (
-        f"delete {layout.commit_name(shard)} and run extract again (of a copy: pull again; of a staged one: read again), "
-        "which makes only this shard anew"
+        f"delete {layout.commit_name(shard)} and run extract again (of a copy: pull again; of a staged one: read "
+        "again), which makes only this shard anew"
     )

@@ -35,6 +35,11 @@ FETCH_FAULTS = (
     "fetch.committed",  # the record has its name
 )
 PULL_FAULTS = ("plan.started", "plan.manifest", "plan.committed", *FETCH_FAULTS)
+PUSH_FAULTS = (
+    "push.plan",  # the files of the plan are in the store, the manifest is not
+    "push.array",  # one array of a shard is in the store
+    "push.data",  # everything of a shard but its record is in the store
+)
 STAGING_FAULTS = (
     *FETCH_FAULTS,
     "staging.manifest",  # the manifest is written under a temporary name

@@ -13,6 +13,7 @@ The bound holds for shards; plans (token ids, index, target) are small beside th
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ DEFAULT_STAGING_BYTES = 32_000_000_000
 # How long a read waits for others to let go of a shard: trainings that share the bound free one in seconds to minutes.
 SPACE_WAIT_SECONDS = 120.0
 SPACE_POLL_SECONDS = 0.1
+
+logger = logging.getLogger(__name__)
 
 
 def default_staging() -> Path:
@@ -159,17 +162,21 @@ class StagedCache:
     def _reserve(self, shard: int, num_bytes: int, release: Callable[[], bool] | None) -> None:
         """Make room for a shard and count it. A caller that can release waits for what other runs let go of."""
         deadline = time.monotonic() + (SPACE_WAIT_SECONDS if release else 0)
+        waited = False
         while True:
             with self._space_lock():
                 used = self._make_room(shard, num_bytes, release)
                 if used + num_bytes <= self._limit:
                     write_atomic(self._charge(shard), str(num_bytes).encode(), fault="staging.charge")
                     return
-            if num_bytes > self._limit or time.monotonic() > deadline:
+            if num_bytes > self._limit or time.monotonic() >= deadline:
                 raise CacheSpaceError(
                     f"{self._folder}: shard {shard} of {self.store.url} takes {num_bytes:,} bytes, {used:,} are in use "
                     f"and {self._limit:,} allowed; raise cache.staging_bytes, or stop another run that reads from here"
                 )
+            if not waited:
+                logger.info("%s is full: waiting until other runs let go of a shard", self._folder)
+                waited = True
             time.sleep(SPACE_POLL_SECONDS)
 
     def _make_room(self, shard: int, num_bytes: int, release: Callable[[], bool] | None) -> int:

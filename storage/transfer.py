@@ -26,6 +26,7 @@ from storage.errors import (
     CacheNotFoundError,
     CacheUsageError,
 )
+from storage.faults import fault_point
 from storage.fetch import fetch_commit, fetch_manifest, fetch_recorded, fetch_shard, shard_bytes
 from storage.files import read_inside, sync_directory
 from storage.manifest import Manifest, check_identity
@@ -147,6 +148,7 @@ def _push_plan(plan: CachePlan, store: RemoteStore) -> None:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             for _ in pool.map(push, plan.manifest.files):
                 pass
+        fault_point("push.plan")
         store.write(layout.MANIFEST, plan.manifest.render())
 
 
@@ -186,10 +188,12 @@ def _push_shard(store: RemoteStore, planned: PlannedShard, record: CommitRecord)
             raise CacheCorruptError(f"{planned.root / name}: {problem}; not pushed; {remedy(planned.shard)}")
         store.write(metadata, spec.metadata())
         store.put(planned.root / name, name)
+        fault_point("push.array")
     if record.excluded:
         store.write(layout.excluded_name(planned.shard), b"")
     else:
         store.remove(layout.excluded_name(planned.shard))
+    fault_point("push.data")
     store.write(layout.commit_name(planned.shard), record.render())
     return shard_bytes(planned, record)
 

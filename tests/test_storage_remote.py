@@ -15,6 +15,7 @@ from storage import (
     CacheCorruptError,
     CacheExistsError,
     CacheIdentityError,
+    CacheIncompleteError,
     CacheNotFoundError,
     CacheReader,
     CacheReadError,
@@ -24,10 +25,11 @@ from storage import (
     remote,
     verify_cache,
 )
-from storage.faults import FAULT_VARIABLE, PULL_FAULTS
+from storage.faults import FAULT_VARIABLE, PULL_FAULTS, PUSH_FAULTS
 from storage_cache import LENGTHS, files_of, fill_cache, make_cache, make_header, plan_cache
 
 ROOT = Path(__file__).parent.parent
+PUSH = "import sys; from storage import push_cache; push_cache(sys.argv[1], sys.argv[2])"
 PULL = "import sys; from storage import pull_cache; pull_cache(sys.argv[1], sys.argv[2])"
 
 
@@ -133,6 +135,22 @@ def test_a_killed_pull_is_finished_by_the_next(pushed: str, cache: Path, tmp_pat
     pull_cache(pushed, path)
     assert files_of(path) == files_of(cache)
     assert verify_cache(path).ok
+
+
+@pytest.mark.parametrize("fault", PUSH_FAULTS)
+def test_a_killed_push_is_finished_by_the_next(store: ObjectStore, cache: Path, tmp_path: Path, fault: str) -> None:
+    url = store.url(fault)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), FAULT_VARIABLE: fault}
+    command = [sys.executable, "-c", PUSH, str(cache), url]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    there = store.files(fault)
+    assert ("manifest.json" in there) == (fault != "push.plan")
+    assert there
+    assert not [name for name in there if name.startswith("commits/") and name.endswith(".json")]
+    with pytest.raises(CacheNotFoundError if fault == "push.plan" else CacheIncompleteError):
+        CacheReader(url, staging=tmp_path)
+    push_cache(cache, url)
+    assert store.files(fault) == files_of(cache)
 
 
 def test_an_incomplete_cache_is_copied_as_it_is(store: ObjectStore, cache: Path, tmp_path: Path) -> None:
