@@ -56,9 +56,10 @@ class Lease:
     def release(self) -> None:
         """Let the shard be evicted. What is mapped of it stays readable."""
         if self._fd >= 0:
-            if self._pid == os.getpid():  # the lock itself, which forked children share; a child only closes its copy
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-            os.close(self._fd)
+            if self._pid == os.getpid():  # a forked child closes its copy only: the lock is the parent's
+                _unlock(self._fd)
+            else:
+                os.close(self._fd)
             self._fd = -1
 
     __del__ = release
@@ -122,19 +123,18 @@ class StagedCache:
         ``release`` is called while space is missing and everything is in use; it lets go of one shard of this
         process, or gives False. Raises CacheSpaceError if that is not enough, or what ``fetch_shard`` raises.
         """
-        commit = self.plan.path / layout.commit_name(shard)
         fd = self._open_lock(self._key, shard)
         try:
             while True:  # between two kinds of lock there is a moment with neither
                 fcntl.flock(fd, fcntl.LOCK_SH)
-                if commit.exists():
+                if self._is_here(shard):
                     os.utime(self._charge(shard))
                     return Lease(fd)
                 fcntl.flock(fd, fcntl.LOCK_EX)
-                if not commit.exists():
+                if not self._is_here(shard):
                     self._fetch(shard, release)
         except BaseException:
-            os.close(fd)
+            _unlock(fd)
             raise
 
     def _fetch(self, shard: int, release: Callable[[], bool] | None) -> None:
@@ -149,8 +149,8 @@ class StagedCache:
             ) from error
         charge = self._charge(shard)
         if charge.exists():  # a dead process was fetching or evicting it
-            remove_tree(self.plan.path / layout.shard_name(shard))
             remove_stale_temps(self._directories)
+        _remove_shard(self.plan.path, shard)
         self._reserve(shard, shard_bytes(planned, record), release)
         fault_point("staging.charged")
         try:
@@ -202,19 +202,12 @@ class StagedCache:
             return False
         else:
             root = self._folder / unit.key
-            commit = root / layout.commit_name(unit.shard)
-            was_whole = commit.exists()
-            commit.unlink(missing_ok=True)
-            sync_directory(commit.parent)
-            fault_point("staging.evicting")
-            (root / layout.excluded_name(unit.shard)).unlink(missing_ok=True)
-            remove_tree(root / layout.shard_name(unit.shard))
-            if not was_whole:  # a dead process was fetching it
+            if not _remove_shard(root, unit.shard):  # a dead process was fetching it
                 remove_stale_temps([root / layout.SHARDS, root / layout.COMMITS])
             (self._folder / layout.staging_charge_name(unit.key, unit.shard)).unlink(missing_ok=True)
             return True
         finally:
-            os.close(fd)
+            _unlock(fd)
 
     def _list_units(self) -> Iterator[_Unit]:
         """Every shard in the folder that takes space, or whose space is promised to a process that fetches it."""
@@ -227,6 +220,9 @@ class StagedCache:
                     )
             except FileNotFoundError:
                 continue  # its fetch has failed meanwhile
+
+    def _is_here(self, shard: int) -> bool:
+        return (self.plan.path / layout.commit_name(shard)).exists() and self._charge(shard).exists()
 
     def _charge(self, shard: int) -> Path:
         return self._folder / layout.staging_charge_name(self._key, shard)
@@ -242,4 +238,23 @@ class StagedCache:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(fd)
+            _unlock(fd)
+
+
+def _unlock(fd: int) -> None:
+    """Let go of a lock and its file. A close alone leaves the lock to a child that was forked meanwhile."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+def _remove_shard(root: Path, shard: int) -> bool:
+    """Remove a shard, record first; whether it had one. Called with its exclusive lock."""
+    commit = root / layout.commit_name(shard)
+    was_whole = commit.exists()
+    if was_whole:
+        commit.unlink()
+        sync_directory(commit.parent)
+        fault_point("staging.evicting")
+    (root / layout.excluded_name(shard)).unlink(missing_ok=True)
+    remove_tree(root / layout.shard_name(shard))
+    return was_whole

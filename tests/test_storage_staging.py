@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -297,6 +298,7 @@ def test_a_forked_child_fetches_for_itself_and_keeps_no_lock(url: str, tmp_path:
         warnings.simplefilter("ignore", DeprecationWarning)
         idle, child = os.fork(), 0
         if idle == 0:
+            os.close(waiting)
             os.read(leave, 1)  # keeps copies of every lock's file open, and does nothing
             os._exit(0)
         child = os.fork()
@@ -316,6 +318,36 @@ def test_a_forked_child_fetches_for_itself_and_keeps_no_lock(url: str, tmp_path:
     os.close(leave)
     os.close(waiting)
     reader.close()
+
+
+def test_a_child_forked_amid_a_fetch_keeps_no_lock(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shard's lock and that of the space are held when the child gets copies; it outlives the reads."""
+    leave, waiting = os.pipe()
+    children: list[int] = []
+    make_room = staging.StagedCache._make_room
+
+    def fork_and_make_room(self: staging.StagedCache, *arguments: Any) -> int:
+        if not children:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                children.append(os.fork())
+            if children == [0]:
+                os.close(waiting)  # or it would outlive a test that dies
+                os.read(leave, 1)
+                os._exit(0)
+        return make_room(self, *arguments)
+
+    monkeypatch.setattr(staging.StagedCache, "_make_room", fork_and_make_room)
+    reader = CacheReader(url, staging=tmp_path, staging_bytes=2 * SHARD_BYTES)
+    try:
+        for _ in range(2):  # shard 0 is evicted and fetched again
+            check_samples(reader, LENGTHS, exclude=(103,))
+        assert os.waitpid(children[0], os.WNOHANG) == (0, 0), "the child is alive"
+    finally:
+        os.write(waiting, b"x")
+    assert os.waitpid(children[0], 0)[1] == 0
+    os.close(leave)
+    os.close(waiting)
 
 
 def test_a_flipped_byte_in_the_store_never_arrives(store: ObjectStore, cache: Path, tmp_path: Path) -> None:
