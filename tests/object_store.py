@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,8 +12,6 @@ from urllib.parse import unquote
 
 import boto3
 from moto.server import ThreadedMotoServer
-
-BUCKET = "caches"
 
 
 @dataclass(kw_only=True)
@@ -22,9 +21,10 @@ class ObjectStore:
     endpoint: str
     server: ThreadedMotoServer
     requests: list[tuple[str, str]] = field(default_factory=list)
+    bucket: str = field(default_factory=lambda: f"caches-{secrets.token_hex(4)}")  # servers of a process share them all
 
     def url(self, name: str) -> str:
-        return f"s3://{BUCKET}/{name}"
+        return f"s3://{self.bucket}/{name}"
 
     def environment(self) -> dict[str, str]:
         """What a process needs to find the server."""
@@ -42,12 +42,14 @@ class ObjectStore:
     def files(self, name: str) -> dict[str, bytes]:
         """Every object below a prefix with its bytes."""
         client = self.client()
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{name}/")
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{name}/")
         keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
-        return {key.removeprefix(f"{name}/"): client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
+        return {
+            key.removeprefix(f"{name}/"): client.get_object(Bucket=self.bucket, Key=key)["Body"].read() for key in keys
+        }
 
     def put(self, key: str, data: bytes) -> None:
-        self.client().put_object(Bucket=BUCKET, Key=key, Body=data)
+        self.client().put_object(Bucket=self.bucket, Key=key, Body=data)
 
     def fetched(self, pattern: str) -> Counter[str]:
         """How often each object whose key matches was read since the log was last cleared."""
@@ -62,7 +64,7 @@ class _RequestLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if match := re.search(r"(GET|PUT|HEAD|DELETE|POST) (\S+) HTTP", record.getMessage()):
             path = unquote(match[2]).partition("?")[0]
-            self._store.requests.append((match[1], path.removeprefix(f"/{BUCKET}/")))
+            self._store.requests.append((match[1], path.removeprefix(f"/{self._store.bucket}/")))
 
 
 @contextlib.contextmanager
@@ -80,7 +82,7 @@ def serve_objects() -> Iterator[ObjectStore]:
     log.propagate = False  # or every failure comes with hundreds of lines
     log.addHandler(handler)
     try:
-        store.client().create_bucket(Bucket=BUCKET)
+        store.client().create_bucket(Bucket=store.bucket)
         yield store
     finally:
         log.removeHandler(handler)

@@ -33,7 +33,7 @@ def store() -> Iterator[ObjectStore]:
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory: pytest.TempPathFactory, store: ObjectStore) -> Path:
-    """A folder with a tiny target and its cache, which is also at s3://caches/train."""
+    """A folder with a tiny target and its cache, which is also in the store."""
     folder = tmp_path_factory.mktemp("cached")
     result = extract(settings_of(make_config(folder, num_chats=NUM_CHATS)))
     assert result.num_shards >= 5
@@ -129,7 +129,7 @@ def test_the_window_belongs_to_what_a_run_is_made_from(cached: Path, store: Obje
 def test_extract_wants_a_folder(cached: Path, store: ObjectStore) -> None:
     config = make_config(cached, cache__path=store.url("new"))
     for stage in (extract, estimate):
-        with pytest.raises(SettingError, match=r"'s3://caches/new': extract writes to a local folder.*dspark push"):
+        with pytest.raises(SettingError, match=r"'s3://caches-\w+/new': extract writes to a local folder.*dspark push"):
             stage(settings_of(config))
 
 
