@@ -14,11 +14,20 @@ from rich.console import Console
 
 from pipeline import show
 from pipeline.config import Config, ConfigError, load_config, to_toml
+from stages.extract.settings import CacheSection
 from storage import CacheError
+from storage.remote import is_remote
 
 DEFAULT_CONFIG = Path("configs/embedded.toml")
 
 console = Console(soft_wrap=True, highlight=False)
+
+
+class _PathOrAddress(click.Path):
+    """A path, or an address as it is written: a `Path` would make one slash of its two."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if is_remote(value) else super().convert(value, param, ctx)
 
 
 def _with_config(command: Callable[..., None]) -> Callable[..., None]:
@@ -26,7 +35,7 @@ def _with_config(command: Callable[..., None]) -> Callable[..., None]:
     command = click.option(
         "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."
     )(command)
-    return click.argument("config", type=click.Path(path_type=Path), default=DEFAULT_CONFIG)(command)
+    return click.argument("config", type=_PathOrAddress(path_type=Path), default=DEFAULT_CONFIG)(command)
 
 
 class _Group(click.Group):
@@ -56,7 +65,7 @@ def main(verbose: bool) -> None:
     )
     if not verbose:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        for library in ("transformers", "huggingface_hub", "fsspec", "httpx", "torch"):
+        for library in ("transformers", "huggingface_hub", "fsspec", "httpx", "torch", "aiobotocore", "botocore"):
             logging.getLogger(library).setLevel(logging.ERROR)
         _quiet_transformers()
 
@@ -90,7 +99,7 @@ def extract(config: Path, overrides: tuple[str, ...], part: str | None) -> None:
     from pipeline import ranks
 
     settings = _load(config, overrides)
-    ranks.leave_to_child(settings.cache.path)
+    ranks.leave_to_child(settings.cache.folder)
     _extract(settings, part=part)
 
 
@@ -127,6 +136,26 @@ def import_(
 
 
 @main.command()
+@click.argument("cache", type=_PathOrAddress(path_type=Path))
+@click.argument("url")
+def push(cache: Path, url: str) -> None:
+    """Copy the cache in folder CACHE to an address such as s3://bucket/name; again: what is missing there."""
+    from storage import push_cache
+
+    show.transfer(console, push_cache(cache, url), source=cache, destination=url)
+
+
+@main.command()
+@click.argument("url")
+@click.argument("cache", type=_PathOrAddress(path_type=Path))
+def pull(url: str, cache: Path) -> None:
+    """Copy the cache at an fsspec address to folder CACHE, every byte checked; again: what is missing here."""
+    from storage import pull_cache
+
+    show.transfer(console, pull_cache(url, cache), source=url, destination=cache)
+
+
+@main.command()
 @_with_config
 @click.option("--quick", is_flag=True, help="Sizes and records only; do not read the payload.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -134,7 +163,7 @@ def verify(config: Path, overrides: tuple[str, ...], quick: bool, as_json: bool)
     """Check every byte of the cache against its checksums. CONFIG may also be the cache's own folder."""
     from storage import verify_cache
 
-    report = verify_cache(_cache_path(config, overrides), quick=quick)
+    report = verify_cache(_cache_section(config, overrides).path, quick=quick)
     if as_json:
         click.echo(json.dumps(show.report_to_json(report), indent=2))
     else:
@@ -146,8 +175,10 @@ def verify(config: Path, overrides: tuple[str, ...], quick: bool, as_json: bool)
 @main.command()
 @_with_config
 def inspect(config: Path, overrides: tuple[str, ...]) -> None:
-    """Show what a cache is: identity, sizes, lengths, mask coverage. CONFIG may also be the cache's own folder."""
-    show.cache(console, _cache_path(config, overrides))
+    """Show what a cache is: identity, sizes, lengths, mask coverage. CONFIG may also be the cache's own place."""
+    from pipeline.stage_two import open_reader
+
+    show.cache(console, open_reader(_cache_section(config, overrides)))
 
 
 @main.command()
@@ -213,9 +244,11 @@ def _load(file: Path, overrides: tuple[str, ...]) -> Config:
     return config
 
 
-def _cache_path(config: Path, overrides: tuple[str, ...]) -> Path:
-    """`config` itself where it is a folder, or no TOML file."""
-    return load_config(config, overrides).cache.path if config.suffix == ".toml" else config
+def _cache_section(config: Path | str, overrides: tuple[str, ...]) -> CacheSection:
+    """The cache of a TOML file, or that in the folder or at the address which `config` is itself."""
+    if isinstance(config, Path) and config.suffix == ".toml":
+        return load_config(config, overrides).cache
+    return CacheSection(path=config)
 
 
 def _extract(settings: Config, *, part: str | None = None) -> None:
@@ -249,7 +282,8 @@ def _evaluate(settings: Config, *, draft: Path | None = None) -> None:
     evaluation = stage_two.evaluate_draft(settings, draft_dir=draft_dir)
     file = (draft_dir.parent if draft is None else draft) / "evaluation.json"
     file.write_text(json.dumps(evaluation.to_json(), indent=2), encoding="utf-8")
-    show.evaluation(console, evaluation, draft_dir=draft_dir, file=file, cache_path=settings.cache.path)
+    with stage_two.open_reader(settings.cache) as reader:
+        show.evaluation(console, evaluation, draft_dir=draft_dir, file=file, cache=reader)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from stages.evaluate.cached import CacheEvaluation
 from stages.extract.price import Price
 from stages.extract.run import ExtractResult
 from stages.extract.samples import SampleCounts
-from storage import CacheReader, VerifyReport
+from storage import CacheReader, TransferResult, VerifyReport
 
 
 def price(console: Console, price: Price, counts: SampleCounts) -> None:
@@ -65,10 +65,26 @@ def extraction(console: Console, result: ExtractResult) -> None:
         console.print(f"{result.num_excluded} samples with non-finite states were quarantined", markup=False)
 
 
-def evaluation(console: Console, evaluation: CacheEvaluation, *, draft_dir: Path, file: Path, cache_path: Path) -> None:
+def transfer(console: Console, result: TransferResult, *, source: str | Path, destination: str | Path) -> None:
+    """What a push or a pull did."""
+    if result.num_missing:
+        console.print(
+            f"[red]{source} is incomplete[/red]: {result.num_missing} of {result.num_shards} shards are not committed "
+            "there; finish it and run this again",
+        )
+    if result.num_busy:
+        console.print(f"{result.num_busy} shards are left to another process that is writing them", markup=False)
+    console.print(
+        f"{destination}: {result.num_copied} of {result.num_shards} shards copied, {result.num_present} were there, "
+        f"{_bytes(result.num_bytes)} in {result.seconds:,.1f} s",
+        markup=False,
+    )
+
+
+def evaluation(
+    console: Console, evaluation: CacheEvaluation, *, draft_dir: Path, file: Path, cache: CacheReader
+) -> None:
     """What a draft reached on the held-out split."""
-    with CacheReader(cache_path) as reader:
-        token_bytes = reader.manifest.header.token_bytes
     table = _table("held-out acceptance, measured from the cache")
     table.add_row("tau", f"{evaluation.tau:.3f}  (95 % interval {evaluation.tau_low:.3f} to {evaluation.tau_high:.3f})")
     table.add_row("acceptance by slot", "  ".join(f"{rate:.3f}" for rate in evaluation.accept_rate_per_pos))
@@ -77,7 +93,7 @@ def evaluation(console: Console, evaluation: CacheEvaluation, *, draft_dir: Path
     if evaluation.confidence_ece is not None:
         table.add_row("confidence ECE", f"{evaluation.confidence_ece:.3f}")
     table.add_row("measured on", f"{evaluation.num_samples:,} conversations, {evaluation.num_blocks:,} blocks")
-    table.add_row("cache", f"{cache_path}, {token_bytes:,} bytes a token")
+    table.add_row("cache", f"{cache.place}, {cache.manifest.header.token_bytes:,} bytes a token")
     table.add_row("draft", str(draft_dir))
     table.add_row("numbers", str(file))
     console.print(table)
@@ -96,11 +112,11 @@ def report_to_json(report: VerifyReport) -> dict[str, Any]:
     return {**asdict(report), "ok": report.ok}
 
 
-def cache(console: Console, path: Path) -> None:
+def cache(console: Console, reader: CacheReader) -> None:
     """Identity, sizes, lengths and mask coverage of a cache."""
-    with CacheReader(path) as reader:
+    with reader:
         manifest, lengths = reader.manifest, reader.num_tokens
-        table = _table(f"cache {path}")
+        table = _table(f"cache {reader.place}")
         for name, value in manifest.identity.model_dump().items():
             table.add_row(name, str(value)[:12] if name.endswith("_digest") else str(value))
         for name, value in sorted(manifest.header.provenance.items()):

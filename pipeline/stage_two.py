@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -16,6 +17,7 @@ from stages.errors import SettingError
 from stages.evaluate.cached import CacheEvaluation, evaluate_scores
 from stages.extract.import_run import UNKNOWN_FIELDS, describe_imported
 from stages.extract.run import Settings, configured_identity, describe_inputs, read_plan
+from stages.extract.settings import CacheSection
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
 from stages.train.batches import gather_batch, plan_batches
 from stages.train.checkpoint import save_draft
@@ -35,7 +37,7 @@ def open_cache(config: Config, *, layers: tuple[int, ...] | None) -> CacheReader
     Target and data are compared where their files are at hand; stage two needs neither of them.
     """
     cache = config.cache
-    reader = CacheReader(cache.path, io=cache.io, checks=cache.checks)
+    reader = open_reader(cache)
     check_identity(reader.identity, wanted_identity(config, cached=reader.identity), where=cache.path)
     if layers is None:
         return reader
@@ -44,12 +46,24 @@ def open_cache(config: Config, *, layers: tuple[int, ...] | None) -> CacheReader
         raise SettingError(
             f"draft.target_layer_ids: {missing} are not in the cache, which stores {list(reader.layers)}"
         )
-    return CacheReader(cache.path, layers=layers, io=cache.io, checks=cache.checks)
+    return open_reader(cache, layers=layers)
+
+
+def open_reader(cache: CacheSection, *, layers: tuple[int, ...] | None = None) -> CacheReader:
+    """The cache of the section, whatever it was made from."""
+    return CacheReader(
+        cache.path,
+        layers=layers,
+        io=cache.io,
+        checks=cache.checks,
+        staging=cache.staging,
+        staging_bytes=cache.staging_bytes,
+    )
 
 
 def is_imported(config: Config) -> bool:
     """Whether the config's cache is there and came from another project: there is nothing to extract then."""
-    plan = read_plan(config.cache.path)
+    plan = read_plan(config.cache.folder)
     return plan is not None and plan.manifest.identity.imported_from is not None
 
 
@@ -105,13 +119,14 @@ def evaluate_draft(config: Config, *, draft_dir: Path) -> CacheEvaluation:
     model = Qwen3DSparkModel.from_pretrained(draft_dir, dtype=torch.float32)
     reader = open_cache(config, layers=tuple(model.config.target_layer_ids))
     _check_same_target(model, reader, draft_dir=draft_dir)
+    reader.plan_reads(evaluated_indices(config, reader))
     module = DSparkTrainerModule(model.to(choose_device(config.train.device)), **objective_arguments(config.objective))
     return _score_split(config, module, reader=reader)
 
 
 def _check_same_target(model: Qwen3DSparkModel, reader: CacheReader, *, draft_dir: Path) -> None:
     """The draft carries its target's embedding: it must be the cache's. Raises SettingError."""
-    with safe_open(reader.target_dir / "head.safetensors", framework="pt") as head:
+    with safe_open(reader.check_target("head.safetensors") / "head.safetensors", framework="pt") as head:
         rows = head.get_slice("embed_tokens.weight")
         own = model.embed_tokens.weight
         stored = rows[:COMPARED_ROWS].float()
@@ -133,6 +148,12 @@ def export_draft(checkpoint: Path, out: Path, *, dtype: str) -> None:
     save_draft(out, draft_model=model, dtype=getattr(torch, dtype))
 
 
+def evaluated_indices(config: Config, reader: CacheReader) -> np.ndarray:
+    """The validation samples that are scored, in the order of sample ids."""
+    indices = reader.split_indices("validation")
+    return indices[np.argsort(reader.sample_ids[indices], kind="stable")][: config.evaluate.max_samples]
+
+
 def _score_split(config: Config, module: DSparkTrainerModule, *, reader: CacheReader) -> CacheEvaluation:
     return evaluate_scores(
         _iterate_scores(config, module, reader=reader), block_size=module.draft_model.config.block_size
@@ -144,9 +165,8 @@ def _iterate_scores(
 ) -> Iterator[tuple[int, SlotScores]]:
     """Scores of one validation sample at a time, in the order of sample ids."""
     device = next(module.parameters()).device
-    indices = sorted(reader.split_indices("validation").tolist(), key=lambda index: int(reader.sample_ids[index]))
     batches = plan_batches(
-        reader, indices[: config.evaluate.max_samples], max_batch_tokens=1,
+        reader, evaluated_indices(config, reader).tolist(), max_batch_tokens=1,
         num_anchors=config.evaluate.num_anchors, seed=config.evaluate.seed, epoch=0,
     )  # fmt: skip
     was_training = module.training

@@ -19,6 +19,7 @@ from storage.plan import CachePlan
 from storage.reader import CacheReader, Sample
 from storage.samples import PlannedSample
 from storage.sharding import plan_batches
+from storage.transfer import TransferResult, pull_cache, push_cache
 from storage.verify import Problem, VerifyReport, verify_cache
 from storage.writer import CacheWriter, ShardWriter
 
@@ -27,6 +28,9 @@ __all__ = [
     "CacheWriter",
     "CachePlan",
     "verify_cache",
+    "push_cache",
+    "pull_cache",
+    "TransferResult",
     "Sample",
     "ShardWriter",
     "PlannedSample",

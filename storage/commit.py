@@ -5,7 +5,7 @@ time and no host, so the same shard has the same record wherever it was computed
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -120,7 +120,12 @@ def record_type(planned: PlannedShard) -> type[CommitRecord]:
 def list_commits(root: Path) -> tuple[set[int], set[int]]:
     """Shards that have a commit record, and shards that have a marker of excluded samples: names only."""
     directory = root / layout.COMMITS
-    names = os.listdir(directory) if directory.is_dir() else []
+    return parse_commits(os.listdir(directory) if directory.is_dir() else [])
+
+
+def parse_commits(names: Iterable[str]) -> tuple[set[int], set[int]]:
+    """Shards with a record and shards with a marker, of the names in a directory of commits."""
+    names = list(names)
     commits = {shard for name in names if (shard := layout.parse_commit(name)) is not None}
     excluded = {shard for name in names if (shard := layout.parse_excluded(name)) is not None}
     return commits, excluded
@@ -135,7 +140,7 @@ def read_commit(planned: PlannedShard, *, has_marker: bool) -> CommitRecord:
     except FileNotFoundError as error:
         raise CacheCorruptError(f"{where}: is gone; run extract again to compute this shard") from error
     record = record_type(planned).parse(data, where=str(where))
-    check_commit(record, planned)
+    check_commit(record, planned, where=str(where))
     if bool(record.excluded) != has_marker:
         state = "has no" if record.excluded else "has a"
         raise CacheCorruptError(
@@ -145,8 +150,8 @@ def read_commit(planned: PlannedShard, *, has_marker: bool) -> CommitRecord:
     return record
 
 
-def check_commit(record: CommitRecord, planned: PlannedShard) -> None:
-    """Refuse a record of another shard or of another plan."""
+def check_commit(record: CommitRecord, planned: PlannedShard, *, where: str) -> None:
+    """Refuse a record of another shard or of another plan; ``where`` is its file, for messages."""
     pairs = {
         "shard": (record.shard, planned.shard),
         "plan_digest": (record.plan_digest, planned.plan_digest),
@@ -160,10 +165,12 @@ def check_commit(record: CommitRecord, planned: PlannedShard) -> None:
         if array and not (spec.fits(array.file_bytes) and len(array.chunk_crc32c) == spec.num_chunks):
             wrong.append(f"{spec.name} {array.file_bytes} bytes, planned {spec.max_file_bytes}")
     if wrong:
-        where = planned.root / layout.commit_name(planned.shard)
         raise CacheFormatError(f"{where}: is of another shard or plan: {'; '.join(wrong)}; {remedy(planned.shard)}")
 
 
 def remedy(shard: int) -> str:
     """What to do about a damaged shard."""
-    return f"delete {layout.commit_name(shard)} and run extract again, which computes only this shard"
+    return (
+        f"delete {layout.commit_name(shard)} and run extract again (of a copy: pull again; of a staged one: read "
+        "again), which makes only this shard anew"
+    )

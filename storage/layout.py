@@ -20,6 +20,7 @@ HIDDEN_STATES = "hidden_states"
 LAST_HIDDEN_STATES = "last_hidden_states"
 SCALE_SUFFIX = "_scale"
 ZARR_METADATA = "zarr.json"
+STAGING_LOCK = "space.lock"
 
 _TEMP = re.compile(r"\.tmp-([0-9a-f]{12})-([0-9]{1,10})-([0-9]{1,20})-([0-9a-f]{8})-.+", re.DOTALL)
 
@@ -88,6 +89,28 @@ def parse_excluded(name: str) -> int | None:
 def parse_shard(name: str) -> int | None:
     """The shard of ``00017.zarr``, None for any other name."""
     return _parse_numbered(name, ".zarr")
+
+
+def staging_lock_name(key: str, shard: int) -> str:
+    """What a process locks while it uses, fetches or evicts a staged shard; relative to the staging folder."""
+    return f"{key}.shards/{shard:05d}.lock"
+
+
+def staging_charge_name(key: str, shard: int) -> str:
+    """How many bytes a staged shard takes, in decimal digits; relative to the staging folder."""
+    return f"{key}.shards/{shard:05d}.bytes"
+
+
+def staging_charge_pattern() -> str:
+    """A glob of all charges."""
+    return "*.shards/*.bytes"
+
+
+def parse_staging_charge(name: str) -> tuple[str, int] | None:
+    """(key of the cache, shard) of a charge's name, None for any other name."""
+    key, _, file = name.partition(".shards/")
+    shard = _parse_numbered(file, ".bytes")
+    return None if shard is None else (key, shard)
 
 
 def _parse_numbered(name: str, suffix: str) -> int | None:

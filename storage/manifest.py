@@ -214,7 +214,12 @@ def read_manifest(root: Path) -> Manifest:
         raise CacheNotFoundError(
             f"{where}: not found, so this is not a planned cache; run extract, or check the path"
         ) from error
-    manifest = Manifest.parse(data, where=str(where))
+    return parse_manifest(data, where=str(where))
+
+
+def parse_manifest(data: bytes, *, where: str) -> Manifest:
+    """A manifest that states the conventions which this code keeps; ``where`` is the file, for messages."""
+    manifest = Manifest.parse(data, where=where)
     conventions = (manifest.layer_convention, manifest.last_state_convention)
     if conventions != (LAYER_CONVENTION, LAST_STATE_CONVENTION):
         raise CacheFormatError(f"{where}: states other conventions than this code keeps: {conventions}")

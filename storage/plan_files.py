@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from storage import layout
@@ -19,6 +20,8 @@ from storage.manifest import CacheHeader, FileRecord, Manifest, PlanSummary, dig
 from storage.samples import PlannedSample, digest_tokens, render_samples
 from storage.sharding import plan_shards
 from storage.temps import remove_stale_temps, remove_tree
+
+NUM_COPY_THREADS = 8  # a plan has a small file a shard, so that copying it waits for round trips and little else
 
 
 def publish_plan(
@@ -44,6 +47,22 @@ def publish_plan(
             plan_digest=digest_plan(header.identity, token_digests),
             files=dict(sorted(files.items())),
         )
+        _publish_manifest(root, partial_fd, manifest)
+
+
+def copy_plan(root: Path, manifest: Manifest, fetch: Callable[[str], None]) -> None:
+    """Publish in ``root`` a plan that was made elsewhere; ``fetch`` puts a file of it, durably, under its name.
+
+    An interrupted plan is cleared first. Raises CacheExistsError as ``CachePlan.write`` does.
+    """
+    with disk_errors(root), _partial_manifest(root) as partial_fd:
+        _remove_partial_plan(root)
+        fault_point("plan.started")
+        with ThreadPoolExecutor(NUM_COPY_THREADS) as pool:
+            for _ in pool.map(fetch, manifest.files):
+                pass
+        for directory, _, _ in os.walk(root / layout.TARGET):
+            sync_directory(Path(directory))
         _publish_manifest(root, partial_fd, manifest)
 
 

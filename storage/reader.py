@@ -1,5 +1,8 @@
 """Reading a complete cache: a sequence of samples whose states are views of mapped files.
 
+A cache at an fsspec address is read through a staging folder (see staging.py): whole shards are fetched, then mapped as
+if they were local. ``plan_reads`` has them fetched ahead of use.
+
 Opening reads the manifest, the index and the names in commits/. A shard's record, tokens and files are opened when its
 first sample is asked for, in each process on its own, so a reader survives fork, spawn, pickling and threads; nothing
 is ever written, and any number of readers may use one cache.
@@ -9,30 +12,34 @@ import operator
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self, SupportsIndex
+from typing import Any, Literal, Self, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from storage import layout
-from storage.commit import CommitRecord, list_commits, plan_shard, read_commit, remedy
+from storage.commit import CommitRecord, PlannedShard, list_commits, plan_shard, read_commit, remedy
 from storage.errors import CacheCorruptError, CacheFormatError, CacheIncompleteError, CacheUsageError
 from storage.manifest import SPLITS, CacheIdentity, Manifest, Split
 from storage.mounts import is_network_path
 from storage.plan import CachePlan, check_recorded, read_shard_samples
+from storage.read_ahead import ReadAhead
+from storage.remote import is_remote
 from storage.samples import ShardTokens, concatenate
 from storage.shard_files import Access, States, open_arrays
+from storage.staging import Lease, StagedCache
 
 Io = Literal["auto", "mmap", "pread"]
 Checks = Literal["touch", "size"]
 
 # Open shards a process keeps: two files and two mappings each, well under the usual limit of 1,024 open files.
 MAX_OPEN_SHARDS = 128
+NUM_AHEAD = 4  # shards of a remote cache that are fetched before they are read: a shuffle window of the default size
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,6 +64,7 @@ class _OpenShard:
     tokens: ShardTokens
     hidden: States
     last: States
+    lease: Lease | None  # of a remote cache: keeps the shard in the staging folder
 
 
 @dataclass(kw_only=True, eq=False)
@@ -66,7 +74,13 @@ class _State:
     pid: int = field(default_factory=os.getpid)
     lock: threading.Lock = field(default_factory=threading.Lock)
     shards: OrderedDict[int, _OpenShard] = field(default_factory=OrderedDict)
+    tokens: OrderedDict[int, ShardTokens] = field(default_factory=OrderedDict)
+    ahead: ReadAhead | None = None
     pool: Executor | None = None
+
+    def __del__(self) -> None:
+        if self.ahead is not None:
+            self.ahead.stop()
 
 
 class CacheReader(Sequence[Sample]):
@@ -74,7 +88,9 @@ class CacheReader(Sequence[Sample]):
 
     ``layers``: stored layer ids to return, ascending (default: all). ``io``: map files, read them with large requests,
     or choose by file system. ``checks``: "touch" compares each inner chunk's crc32c when this process first needs it,
-    "size" trusts file sizes. Raises CacheNotFoundError, CacheIncompleteError or another CacheError.
+    "size" trusts file sizes. ``path`` may be an fsspec address; ``staging`` is then the local folder that shards are
+    fetched into (default: in the user's cache directory) and ``staging_bytes`` the bound of their total size (default:
+    32 GB). Raises CacheNotFoundError, CacheIncompleteError or another CacheError.
     """
 
     def __init__(
@@ -83,26 +99,38 @@ class CacheReader(Sequence[Sample]):
         layers: Iterable[int] | None = None,
         io: Io = "auto",
         checks: Checks = "touch",
+        staging: Path | None = None,
+        staging_bytes: int | None = None,
     ) -> None:
         if io not in ("auto", "mmap", "pread") or checks not in ("touch", "size"):
             raise CacheUsageError(f"io is auto, mmap or pread, got {io!r}; checks is touch or size, got {checks!r}")
-        self._plan = CachePlan.read(Path(path).absolute())  # a pickled reader may open elsewhere
+        self._staged: StagedCache | None = None
+        if is_remote(path):
+            self._staged = StagedCache(os.fspath(path), staging=staging, staging_bytes=staging_bytes)
+            self._plan = self._staged.plan
+        else:
+            self._plan = CachePlan.read(Path(path).absolute())  # a pickled reader may open elsewhere
+        self._source = (os.fspath(path) if self._staged else self._plan.path, staging, staging_bytes)
         self._layers = _parse_layers(layers, self._plan)
         self._selection = _plan_selection([self.identity.layers.index(layer) for layer in self._layers])
         self._io: Io = io
         self._checks: Checks = checks
         self._mapped = io == "mmap" or (io == "auto" and not is_network_path(self._plan.path))
-        self._markers = _check_complete(self._plan)
-        self._rows = _kept_rows(self._plan, self._markers)
+        commits = self._staged.list_commits() if self._staged else list_commits(self._plan.path)
+        self._markers = _check_complete(self._plan, commits, where=self._source[0])
+        self._rows = _kept_rows(
+            self._plan, self._markers, self._staged.read_commit if self._staged else _read_excluding
+        )
         self._state = _State()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: SupportsIndex) -> Sample:  # type: ignore[override]
-        row, opened, tokens = self._locate(index)
+        row, shard, tokens = self._locate(index)
+        opened = self._open_shard(shard)
         columns = self._plan.index
-        return Sample(
+        sample = Sample(
             input_ids=torch.from_numpy(opened.tokens.input_ids[tokens].copy()),
             loss_mask=torch.from_numpy(opened.tokens.loss_mask[tokens].copy()),
             hidden_states=self._select(opened.hidden.read(tokens.start, tokens.stop)),
@@ -111,27 +139,43 @@ class CacheReader(Sequence[Sample]):
             sample_id=int(columns.sample_ids[row]),
             split=SPLITS[columns.split_codes[row]],
         )
+        self._count_read(row, shard)
+        return sample
 
     def read_tokens(self, index: SupportsIndex) -> tuple[torch.Tensor, torch.Tensor]:
         """``input_ids`` [T] int32 and ``loss_mask`` [T] uint8 of a sample, without touching its states."""
-        _, opened, tokens = self._locate(index)
-        return (
-            torch.from_numpy(opened.tokens.input_ids[tokens].copy()),
-            torch.from_numpy(opened.tokens.loss_mask[tokens].copy()),
-        )
+        _, shard, rows = self._locate(index)
+        tokens = self._open_tokens(shard)
+        return torch.from_numpy(tokens.input_ids[rows].copy()), torch.from_numpy(tokens.loss_mask[rows].copy())
 
-    def _locate(self, index: SupportsIndex) -> tuple[int, _OpenShard, slice]:
-        """Row of the index, the open shard, and the sample's token rows in it."""
+    def plan_reads(self, indices: npt.NDArray[np.int64], *, num_ahead: int = NUM_AHEAD) -> None:
+        """Say which samples will be read next, in this order, and each once: a remote cache fetches ahead of them.
+
+        A thread of this process has up to ``num_ahead`` shards staged before their first sample is asked for, and no
+        shard is given up before its last one was. Its errors are raised where the next shard is opened. A later call
+        replaces the plan; for a local cache there is nothing to do.
+        """
+        if self._staged is None:
+            return
+        state = self._own_state()
+        if state.ahead is not None:
+            state.ahead.stop()
+        rows = self._rows[indices]
+        state.ahead = ReadAhead(self._staged.acquire, rows, self._plan.index.shards, num_ahead=num_ahead)
+
+    def _locate(self, index: SupportsIndex) -> tuple[int, int, slice]:
+        """Row of the index, the shard, and the sample's token rows in it."""
         position = operator.index(index)
         if not -len(self) <= position < len(self):
             raise IndexError(f"sample {position} of a cache with {len(self)} samples")
         columns = self._plan.index
         row = int(self._rows[position])
         start = int(columns.token_offsets[row])
-        return row, self._open_shard(int(columns.shards[row])), slice(start, start + int(columns.num_tokens[row]))
+        return row, int(columns.shards[row]), slice(start, start + int(columns.num_tokens[row]))
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path, tuple[int, ...], Io, Checks]]:
-        return type(self), (self._plan.path, self._layers, self._io, self._checks)
+    def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
+        path, *staging = self._source
+        return type(self), (path, self._layers, self._io, self._checks, *staging)
 
     def __enter__(self) -> Self:
         return self
@@ -145,8 +189,18 @@ class CacheReader(Sequence[Sample]):
 
     @property
     def path(self) -> Path:
-        """The cache directory."""
+        """The cache directory; of a remote cache, its place in the staging folder."""
         return self._plan.path
+
+    @property
+    def place(self) -> Path | str:
+        """The cache directory or the address that the reader was opened with."""
+        return self._source[0]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the cache lies at an address and is staged."""
+        return self._staged is not None
 
     @property
     def manifest(self) -> Manifest:
@@ -171,6 +225,8 @@ class CacheReader(Sequence[Sample]):
             raise CacheFormatError(
                 f"{self.path / layout.MANIFEST}: names no {', '.join(missing)}; extract the cache again with its target"
             )
+        if self._staged is not None:
+            self._staged.fetch_target()
         for name in files:
             check_recorded(self.path, name, self.manifest)
         return self.target_dir
@@ -221,34 +277,91 @@ class CacheReader(Sequence[Sample]):
             raise CacheUsageError(f"split is one of {SPLITS}, got {split!r}")
         return np.flatnonzero(self._plan.index.split_codes[self._rows] == SPLITS.index(split))
 
+    def _own_state(self) -> _State:
+        if self._state.pid != os.getpid():  # a forked child: it must not share a lock or the list of checked chunks
+            self._state = _State()
+        return self._state
+
     def _open_shard(self, shard: int) -> _OpenShard:
-        state = self._state
-        if state.pid != os.getpid():  # a forked child: it must not share a lock or the list of checked chunks
-            state = self._state = _State()
+        state = self._own_state()
         with state.lock:
-            opened = state.shards.pop(shard, None)
+            opened = state.shards.get(shard)
+            if opened is not None:
+                state.shards.move_to_end(shard)
+                return opened
+        tokens = self._open_tokens(shard)
+        lease = self._stage(state, shard)  # may take long: other threads go on reading what is open
+        with state.lock:
+            opened = state.shards.get(shard)
             if opened is None:
-                if state.pool is None and self.manifest.header.encoding.compressed:
-                    state.pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="decode")
-                opened = self._read_shard(shard, state.pool)
-            state.shards[shard] = opened
-            while len(state.shards) > MAX_OPEN_SHARDS:
-                state.shards.popitem(last=False)
+                opened = state.shards[shard] = self._read_shard(shard, tokens, lease)
+            if self._staged is not None:  # of shards that no plan needs, one at a time: others may want the space
+                for other in [other for other in state.shards if other != shard and not _is_needed(state, other)]:
+                    _close(state.shards.pop(other))
+            _trim(state.shards)
             return opened
 
-    def _read_shard(self, shard: int, pool: Executor | None) -> _OpenShard:
+    def _open_tokens(self, shard: int) -> ShardTokens:
+        state, plan = self._own_state(), self._plan
+        with state.lock:
+            tokens = state.tokens.get(shard)
+            if tokens is None:
+                if self._staged is not None:
+                    self._staged.fetch_samples(shard)
+                tokens = concatenate(read_shard_samples(plan.path, plan.manifest, plan.index, shard))
+                state.tokens[shard] = tokens
+            state.tokens.move_to_end(shard)
+            _trim(state.tokens)
+            return tokens
+
+    def _stage(self, state: _State, shard: int) -> Lease | None:
+        """Have the shard of a remote cache in the staging folder."""
+        if self._staged is None:
+            return None
+        lease = state.ahead.take(shard) if state.ahead else None
+        return lease or self._staged.acquire(shard, release=lambda: self._release(state))
+
+    def _release(self, state: _State) -> bool:
+        """Let one staged shard go for the sake of another: rather one that no plan needs, or needs last."""
+        with state.lock:
+            spare = next((shard for shard in state.shards if not _is_needed(state, shard)), None)
+            if spare is None and state.ahead and state.ahead.give_back():
+                return True
+            if spare is None:
+                spare = next(iter(state.shards), None)
+            if spare is None:
+                return False
+            _close(state.shards.pop(spare))
+            return True
+
+    def _count_read(self, row: int, shard: int) -> None:
+        """Let a staged shard go once its last planned sample was read."""
+        state = self._state
+        if state.ahead is not None and state.ahead.finish(row):
+            with state.lock:
+                opened = state.shards.pop(shard, None)
+            if opened is not None:
+                _close(opened)
+            state.ahead.wake()
+
+    def _read_shard(self, shard: int, tokens: ShardTokens, lease: Lease | None) -> _OpenShard:
         plan = self._plan
         planned = plan_shard(plan.path, plan.manifest, plan.index, shard)
         record = read_commit(planned, has_marker=shard in self._markers)
-        tokens = concatenate(read_shard_samples(plan.path, plan.manifest, plan.index, shard))
         if tokens.digest != record.token_digest:
             raise CacheCorruptError(
                 f"{plan.path}: shard {shard} was computed from other tokens than the plan has; {remedy(shard)}"
             )
-        hidden, last = open_arrays(
-            planned, record, Access(mapped=self._mapped, check=self._checks == "touch", pool=pool)
-        )
-        return _OpenShard(tokens=tokens, hidden=hidden, last=last)
+        access = Access(mapped=self._mapped, check=self._checks == "touch", pool=self._decode_pool())
+        hidden, last = open_arrays(planned, record, access)
+        return _OpenShard(tokens=tokens, hidden=hidden, last=last, lease=lease)
+
+    def _decode_pool(self) -> Executor | None:
+        """Threads that decompress side by side, in this process; called under the state's lock."""
+        state = self._state
+        if state.pool is None and self.manifest.header.encoding.compressed:
+            state.pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="decode")
+        return state.pool
 
     def _select(self, hidden_TLD: torch.Tensor) -> torch.Tensor:
         """Keep the wanted layers: a view where their places are evenly spaced, else a copy."""
@@ -274,26 +387,48 @@ def _plan_selection(places: Sequence[int]) -> slice | torch.Tensor:
     return torch.tensor(places)
 
 
-def _check_complete(plan: CachePlan) -> frozenset[int]:
+def _is_needed(state: _State, shard: int) -> bool:
+    """Whether planned reads of a shard are still to come in this process."""
+    return state.ahead is not None and state.ahead.needs(shard)
+
+
+def _close(opened: _OpenShard) -> None:
+    """Let the staging folder evict a shard. What others still read of it stays readable: its files are open."""
+    if opened.lease is not None:
+        opened.lease.release()
+
+
+def _trim(opened: OrderedDict[int, Any]) -> None:
+    while len(opened) > MAX_OPEN_SHARDS:
+        opened.popitem(last=False)
+
+
+def _check_complete(plan: CachePlan, listed: tuple[set[int], set[int]], *, where: str | Path) -> frozenset[int]:
     """Shards with a marker of excluded samples; an error unless exactly the planned shards are committed."""
-    commits, markers = list_commits(plan.path)
+    commits, markers = listed
     missing = sorted(set(range(plan.num_shards)) - commits)
     if missing:
         raise CacheIncompleteError(
-            f"{plan.path}: {len(missing)} of {plan.num_shards} shards are missing (first: {missing[0]}); "
-            "run the same extract (or import) command again to finish it"
+            f"{where}: {len(missing)} of {plan.num_shards} shards are missing (first: {missing[0]}); run the same "
+            "extract (or import) command again to finish it" + (", then push it again" if is_remote(where) else "")
         )
     foreign = sorted((commits | markers) - set(range(plan.num_shards)))
     if foreign:
-        raise CacheCorruptError(f"{plan.path}: has records of shards that are not planned: {foreign[:5]}; delete them")
+        raise CacheCorruptError(f"{where}: has records of shards that are not planned: {foreign[:5]}; delete them")
     return frozenset(markers)
 
 
-def _kept_rows(plan: CachePlan, markers: frozenset[int]) -> npt.NDArray[np.int64]:
+def _read_excluding(planned: PlannedShard) -> CommitRecord:
+    return read_commit(planned, has_marker=True)
+
+
+def _kept_rows(
+    plan: CachePlan, markers: frozenset[int], read_record: Callable[[PlannedShard], CommitRecord]
+) -> npt.NDArray[np.int64]:
     """Rows of the index whose samples are not excluded."""
     kept = np.ones(len(plan.index.sample_ids), dtype=np.bool_)
     for shard in sorted(markers):
-        record = read_commit(plan.planned_shard(shard), has_marker=True)
+        record = read_record(plan.planned_shard(shard))
         rows = plan.index.shard_rows(shard)
         kept[rows.start : rows.stop] &= ~np.isin(plan.index.sample_ids[rows.start : rows.stop], excluded_ids(record))
     return np.flatnonzero(kept)

@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from storage import layout
 from storage.commit import ArrayRecord, CommitRecord, PlannedShard, list_commits, plan_shard, read_commit
-from storage.errors import CacheCorruptError, CacheError, CacheNotFoundError
+from storage.errors import CacheCorruptError, CacheError, CacheNotFoundError, CacheUsageError
 from storage.files import crc32c_hex, open_inside, read_inside
 from storage.index import PlanIndex, parse_index
 from storage.manifest import Manifest, digest_plan, read_manifest
 from storage.plan import check_recorded, read_recorded, read_shard_samples
+from storage.remote import is_remote
 from storage.samples import digest_tokens
 from storage.zarr_array import ArraySpec, group_metadata
 
@@ -55,8 +56,11 @@ def verify_cache(
 ) -> VerifyReport:
     """Check a cache; ``quick`` compares sizes of payload files instead of reading them.
 
-    ``progress`` is called with (shards done, shards to check). Raises CacheNotFoundError if there is no directory.
+    ``progress`` is called with (shards done, shards to check). Raises CacheNotFoundError if there is no directory,
+    CacheUsageError for an address.
     """
+    if is_remote(path):
+        raise CacheUsageError(f"{path}: is an address; dspark pull it, which checks every byte, or verify a local copy")
     root = Path(path)
     if not root.is_dir():
         raise CacheNotFoundError(f"{root}: is not a directory; check the path")
@@ -190,28 +194,12 @@ class _Verification:
     def _check_array(self, place: _Place, spec: ArraySpec, record: ArrayRecord | None) -> None:
         self.expected.add(place.file)
         try:
-            with os.fdopen(open_inside(self.root, place.file), "rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                expected = record.file_bytes if record is not None else spec.max_file_bytes
-                if size != expected and not (record is None and spec.fits(size)):
-                    raise CacheCorruptError(f"has {size} bytes, expected {expected}")
-                if record is not None:
-                    self._check_payload(place, spec, record, file.fileno())
+            for problem in find_array_problems(self.root, place.file, spec, record, quick=self.quick):
+                self._report(place, problem)
+            if not self.quick and record is not None:
+                self._count(place, record.file_bytes)
         except (CacheError, OSError) as error:
             self._report(place, error)
-
-    def _check_payload(self, place: _Place, spec: ArraySpec, record: ArrayRecord, fd: int) -> None:
-        start = record.file_bytes - spec.footer_bytes
-        footer = _read_exactly(fd, np.empty(spec.footer_bytes, dtype=np.uint8), start).tobytes()
-        offsets = spec.parse_footer(footer, file_bytes=record.file_bytes, where=str(self.root / place.file))
-        self._count(place, len(footer))
-        buffer = np.empty(0 if self.quick else int(np.diff(offsets).max()), dtype=np.uint8)
-        for chunk, expected in enumerate(() if self.quick else record.chunk_crc32c):
-            first, last = offsets[chunk : chunk + 2].tolist()
-            data = _read_exactly(fd, buffer[: last - first], first)
-            if (found := crc32c_hex(data)) != expected:
-                self._report(place, f"inner chunk {chunk} has crc32c {found}, expected {expected}")
-            self._count(place, data.size)
 
     def _check_strangers(self) -> None:
         """Report whatever is there and is not part of the cache."""
@@ -238,6 +226,34 @@ class _Verification:
     def _count(self, place: _Place, num_bytes: int) -> None:
         self.expected.add(place.file)
         self.num_checked_bytes += num_bytes
+
+
+def find_array_problems(
+    root: Path, name: str, spec: ArraySpec, record: ArrayRecord | None, *, quick: bool = False
+) -> Iterator[str]:
+    """What is wrong with the bytes of an array's chunk file ``root/name``, held against its record.
+
+    ``quick``: size and the index of inner chunks only; no record: the size only. Raises CacheCorruptError for a wrong
+    size or index, FileNotFoundError or CacheReadError.
+    """
+    with os.fdopen(open_inside(root, name), "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        expected = spec.max_file_bytes if record is None else record.file_bytes
+        if size != expected and not (record is None and spec.fits(size)):
+            raise CacheCorruptError(f"{root / name}: has {size} bytes, expected {expected}")
+        if record is None:
+            return
+        start = size - spec.footer_bytes
+        footer = _read_exactly(file.fileno(), np.empty(spec.footer_bytes, dtype=np.uint8), start).tobytes()
+        offsets = spec.parse_footer(footer, file_bytes=size, where=str(root / name))
+        if quick:
+            return
+        buffer = np.empty(int(np.diff(offsets).max()), dtype=np.uint8)
+        for chunk, crc32c in enumerate(record.chunk_crc32c):
+            first, last = offsets[chunk : chunk + 2].tolist()
+            data = _read_exactly(file.fileno(), buffer[: last - first], first)
+            if (found := crc32c_hex(data)) != crc32c:
+                yield f"inner chunk {chunk} has crc32c {found}, expected {crc32c}"
 
 
 def _read_exactly(fd: int, buffer: npt.NDArray[np.uint8], offset: int) -> npt.NDArray[np.uint8]:

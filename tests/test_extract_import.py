@@ -459,15 +459,15 @@ def test_an_interrupted_import_goes_on(
     run(with_settings(config, cache={"path": tmp_path / "whole"}))
     last = CachePlan.read(tmp_path / "whole").num_shards - 1
     doomed = CachePlan.read(tmp_path / "whole").read_samples(last)[-1].sample_id
-    original = import_run._import_sample
+    original = import_run._read_states
 
-    def fail(writer: Any, sample: Any, *args: Any, **options: Any) -> int:
+    def fail(source: Any, sample: Any, **options: Any) -> Any:
         if sample.sample_id == doomed:
             raise OSError("the disk went away")
-        return original(writer, sample, *args, **options)
+        return original(source, sample, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_run, "_import_sample", fail)
+        patch.setattr(import_run, "_read_states", fail)
         with pytest.raises(OSError, match="the disk went away"):
             run(config)
     with pytest.raises(CacheIncompleteError, match=r"1 of \d+ shards are missing .* \(or import\) command again"):
@@ -509,7 +509,7 @@ def test_non_finite_states_are_quarantined_up_to_a_limit(world: World, config: C
     change_states(
         folders[0] / "hs_7.safetensors", lambda tensors: tensors["hidden_states"].__setitem__((5, 1, 3), float("nan"))
     )
-    with pytest.raises(QuarantineError, match="1 samples of the source have non-finite states"):
+    with pytest.raises(QuarantineError, match="1 samples have non-finite states"):
         import_speculators(config, folders)
     result = import_speculators(with_settings(config, extract={"max_quarantined_fraction": 0.1}), folders)
     assert result.num_excluded == 1

@@ -155,7 +155,11 @@ def test_every_dspark_command_of_the_readme_runs(command: str, config_file: Path
     folder = config_file.parent
     dspark("train", "--extract", config_file)
     command = command.replace("configs/mine.toml", str(config_file)).replace("caches/mine", str(folder / "cache"))
-    command = command.replace("runs/mine", str(folder / "run"))
+    command = command.replace("runs/mine", str(folder / "run")).replace("caches/copy", str(folder / "copy"))
+    command = command.replace("/nvme/staging", str(folder / "staging"))
+    if "s3://" in command:
+        command = command.replace("s3://bucket/mine", "memory://readme")
+        dspark("push", folder / "cache", "memory://readme")
     dspark(*shlex.split(command)[1:])
 
 

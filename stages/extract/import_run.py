@@ -57,20 +57,20 @@ def import_cache(
         check_target(inputs.config)
     device = choose_device(settings.extract.device)
     load = functools.cache(functools.partial(targets.load_target, inputs.folder, target=settings.target, device=device))
-    plan = read_plan(settings.cache.path)
+    plan = read_plan(settings.cache.folder)
     is_planned = plan is not None
     if plan is None:
         plan = _write_plan(inputs, settings, source, load=load, show_price=show_price)
     else:
         found = plan.manifest.identity
         known = {name: getattr(found, name) for name in UNKNOWN_FIELDS}
-        check_identity(found, inputs.header.identity.model_copy(update=known), where=settings.cache.path)
+        check_identity(found, inputs.header.identity.model_copy(update=known), where=settings.cache.folder)
     # 2. What is missing, and whether it fits.
     writer = CacheWriter(plan.path)
     missing = writer.missing_shards()
     computed = []
     if missing:
-        check_space(settings.cache.path, needed=expected_bytes(plan.bytes_on_disk(missing), plan.header))
+        check_space(settings.cache.folder, needed=expected_bytes(plan.bytes_on_disk(missing), plan.header))
         parts = load()
         if is_planned:  # else it was checked before the plan was published
             _self_check(source, plan.read_samples(missing[0]), inputs=inputs, parts=parts)
@@ -120,12 +120,12 @@ def _write_plan(
         price = replace(make_price(inputs, settings, counts=counts), hours=0.0)
         if show_price is not None:
             show_price(price, counts)
-        check_space(settings.cache.path, needed=price.num_bytes)
+        check_space(settings.cache.folder, needed=price.num_bytes)
         _self_check(source, first, inputs=inputs, parts=load())
         targets.write_target(destination, folder=inputs.folder, parts=load(), tokenizer=inputs.tokenizer)
 
     return CachePlan.write(
-        settings.cache.path,
+        settings.cache.folder,
         _keep_first(_iterate_samples(inputs, settings, source, counts=counts), first),
         header=inputs.header,
         write_target=write_target,

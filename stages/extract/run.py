@@ -190,7 +190,7 @@ def make_price(inputs: Inputs, settings: Settings, *, counts: SampleCounts) -> P
         num_supervised=counts.num_supervised,
         bytes_per_token=expected_bytes(inputs.header.token_bytes, inputs.header),
         num_bytes=expected_bytes(counts.num_tokens * inputs.header.token_bytes, inputs.header),
-        num_free_bytes=free_bytes(settings.cache.path),
+        num_free_bytes=free_bytes(settings.cache.folder),
         encoding=inputs.header.identity.encoding,
         tiers=price_tiers(inputs.header, num_tokens=counts.num_tokens),
         layers=inputs.header.identity.layers,
@@ -217,23 +217,24 @@ def extract(
     TargetError, DataError, QuarantineError.
     """
     started = time.monotonic()
+    folder = settings.cache.folder
     # 1. What is asked for, and the plan: the one on disk, if it is of the same inputs.
     device = choose_device(settings.extract.device)
     inputs = describe_inputs(settings)
     if check_target is not None:
         check_target(inputs.config)
     load = functools.cache(functools.partial(targets.load_target, inputs.folder, target=settings.target, device=device))
-    plan = read_plan(settings.cache.path) if share.plans else _await_plan(settings.cache.path)
+    plan = read_plan(folder) if share.plans else _await_plan(folder)
     if plan is None:
         plan = _write_plan(inputs, settings, load=load, show_price=show_price)
     else:
-        check_identity(plan.manifest.identity, inputs.header.identity, where=settings.cache.path)
+        check_identity(plan.manifest.identity, inputs.header.identity, where=folder)
     # 2. What is missing, and whether it fits.
     writer = CacheWriter(plan.path)
     missing = share.plan_turns(writer.missing_shards())
     computed = []
     if missing:
-        check_space(settings.cache.path, needed=expected_bytes(plan.bytes_on_disk(missing), plan.header))
+        check_space(folder, needed=expected_bytes(plan.bytes_on_disk(missing), plan.header))
         # 3. The target, checked on real samples before anything is computed.
         parts = load()
         capture = Capture(parts, layers=plan.header.identity.layers, dtype=plan.header.encoding.torch_dtype)
@@ -324,11 +325,11 @@ def _write_plan(
         price = make_price(inputs, settings, counts=counts)
         if show_price is not None:
             show_price(price, counts)
-        check_space(settings.cache.path, needed=price.num_bytes)
+        check_space(settings.cache.folder, needed=price.num_bytes)
         targets.write_target(destination, folder=inputs.folder, parts=load(), tokenizer=inputs.tokenizer)
 
     return CachePlan.write(
-        settings.cache.path,
+        settings.cache.folder,
         iterate_samples(inputs, settings, counts=counts),
         header=inputs.header,
         write_target=write_target,

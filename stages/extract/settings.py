@@ -3,14 +3,22 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, PlainValidator, field_validator
 
+from stages.errors import SettingError
 from stages.section import Section, parse_layer_ids
 
 
 def _parse_files(files: Any) -> Any:
     """One file may be written without the list around it."""
     return (files,) if isinstance(files, str) else tuple(files) if isinstance(files, list) else files
+
+
+def _parse_place(place: Any) -> Path | str:
+    """A path, or an address kept as it is written."""
+    if not isinstance(place, str | Path):
+        raise ValueError("expected a path or an address")
+    return place if "://" in str(place) else Path(place)
 
 
 class TargetSection(Section):
@@ -56,8 +64,12 @@ class DataSection(Section):
 class CacheSection(Section):
     """Where the states lie and which of them."""
 
-    path: Path
-    """The cache's folder."""
+    path: Annotated[Path | str, PlainValidator(_parse_place)]
+    """The cache's folder, or, where it is only read, an fsspec address such as `s3://bucket/cache`."""
+    staging: Path | None = None
+    """Local folder that shards of a cache at an address are fetched into. Default: in the user's cache directory."""
+    staging_bytes: int | None = Field(default=None, ge=1)
+    """Bytes of staged shards at most, of all caches in the folder. Default: 32 GB; two shuffle windows should fit."""
     layers: tuple[int, ...] | None = None
     """Target layers to store, ascending: k is block k's output, -1 the embeddings. Default: five, from 1 to N-3."""
     encoding: Literal["bf16", "fp16", "fp32", "bf16-lossless", "int8", "fp8"] = "bf16"
@@ -70,6 +82,15 @@ class CacheSection(Section):
     """`touch` verifies each chunk's crc32c when it is first read; `size` trusts file sizes."""
 
     _ascending = field_validator("layers")(parse_layer_ids)
+
+    @property
+    def folder(self) -> Path:
+        """Where stage one writes. Raises SettingError for an address."""
+        if isinstance(self.path, Path):
+            return self.path
+        raise SettingError(
+            f"cache.path = {self.path!r}: extract writes to a local folder; name one, then dspark push it there"
+        )
 
 
 class ExtractSection(Section):

@@ -16,7 +16,7 @@ from stages.train.anchors import anchor_candidates
 from stages.train.batches import PlannedBatch, gather_batch, plan_batches
 from stages.train.metrics import MetricsLog, StepTotals
 from stages.train.module import DSparkTrainerModule
-from stages.train.order import Schedule, digest_order, learning_rate, plan_epoch
+from stages.train.order import Schedule, digest_order, learning_rate, plan_windows
 from stages.train.settings import TrainSection
 from storage import CacheReader
 
@@ -118,7 +118,10 @@ def run_steps(
     for step in range(start, schedule.num_steps):
         if schedule.epoch(step) != epoch:
             epoch = schedule.epoch(step)
-            order = indices[plan_epoch(len(indices), seed=train.seed, epoch=epoch)]
+            window = train.shuffle_window or 0
+            order = indices[plan_windows(reader.shards[indices], window=window, seed=train.seed, epoch=epoch)]
+            first = step % schedule.steps_per_epoch * schedule.global_batch_size
+            reader.plan_reads(order[first:], **({"num_ahead": window} if window else {}))
             logger.info("epoch %d: order %s", epoch, digest_order(reader.sample_ids[order])[:16])
         lr = learning_rate(step, num_steps=schedule.num_steps, peak=train.lr, warmup_fraction=train.warmup_fraction)
         row = stepper.step(schedule.batch(step, order), epoch=epoch, lr=lr)

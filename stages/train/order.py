@@ -12,6 +12,10 @@ import numpy as np
 from stages.errors import SettingError
 from stages.train.settings import TrainSection
 
+# Shards of a shuffle window where they are fetched: some thousand conversations of the default shard size, so that a
+# batch is as mixed as in a whole-epoch shuffle (assumption), and no more than 2 GB that must be there at once.
+REMOTE_WINDOW = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -55,6 +59,29 @@ def plan_epoch(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
     It sorts raw Philox output, which is the same in every version of numpy; `Generator.permutation` need not be.
     """
     return np.argsort(np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_samples), kind="stable")
+
+
+def plan_windows(shards: np.ndarray, *, window: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of the samples that lie in `shards` [N], [N] int64, a function of its arguments alone.
+
+    Shards are shuffled and cut into groups of `window`, samples are shuffled within each group: whoever reads in this
+    order needs no more than `window` shards at a time, and each of them once. `window` 0 puts all shards in one group.
+    """
+    order = plan_epoch(len(shards), seed=seed, epoch=epoch)
+    if window == 0:
+        return order
+    present, positions = np.unique(shards, return_inverse=True)
+    stream = np.random.Philox(np.random.SeedSequence([seed, epoch, len(present)]))
+    place = np.empty(len(present), dtype=np.int64)
+    place[np.argsort(stream.random_raw(len(present)), kind="stable")] = np.arange(len(present))
+    return order[np.argsort((place // window)[positions][order], kind="stable")]
+
+
+def resolve_window(train: TrainSection, *, is_remote: bool) -> TrainSection:
+    """The section with `shuffle_window` filled in: it decides the order, so a resumed run must have the same."""
+    if train.shuffle_window is not None:
+        return train
+    return train.model_copy(update={"shuffle_window": REMOTE_WINDOW if is_remote else 0})
 
 
 def digest_order(sample_ids: np.ndarray) -> str:

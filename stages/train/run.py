@@ -29,7 +29,7 @@ from stages.train.loop import Stepper, Validate, run_steps
 from stages.train.metrics import MetricsLog
 from stages.train.model import Qwen3DSparkModel
 from stages.train.module import DSparkTrainerModule
-from stages.train.order import plan_schedule
+from stages.train.order import plan_schedule, resolve_window
 from stages.train.settings import DraftSection, ObjectiveSection, TrainSection
 from storage import CacheReader
 
@@ -100,6 +100,7 @@ def train(
     """
     # 1. The cache, the schedule, and what this run is made from.
     schedule = plan_schedule(train, num_samples=len(reader.split_indices("train")))
+    train = resolve_window(train, is_remote=reader.is_remote)
     made_from = describe_inputs(reader, draft=draft, objective=objective, train=train)
     with _exclusive(train.run_dir):
         # 2. Model, optimizer, and the newest checkpoint.

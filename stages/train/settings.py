@@ -86,6 +86,9 @@ class TrainSection(Section):
     """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds initial weights, order and anchors."""
+    shuffle_window: int | None = Field(default=None, ge=0)
+    """Shards whose samples are shuffled together, so that each is read in one go; 0: the whole epoch. Default: 4 for a
+    cache at an address, 0 for a local one."""
     validate_every: int | None = Field(default=None, ge=1)
     """Steps between validations on the held-out split. Default: once an epoch, and at the end."""
     checkpoint_every: int = Field(default=500, ge=1)
