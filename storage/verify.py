@@ -234,7 +234,7 @@ def find_array_problems(
     """What is wrong with the bytes of an array's chunk file ``root/name``, held against its record.
 
     ``quick``: size and the index of inner chunks only; no record: the size only. Raises CacheCorruptError for a wrong
-    size or index, FileNotFoundError or CacheReadError.
+    size, FileNotFoundError or CacheReadError.
     """
     with os.fdopen(open_inside(root, name), "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -245,7 +245,11 @@ def find_array_problems(
             return
         start = size - spec.footer_bytes
         footer = _read_exactly(file.fileno(), np.empty(spec.footer_bytes, dtype=np.uint8), start).tobytes()
-        offsets = spec.parse_footer(footer, file_bytes=size, where=str(root / name))
+        try:
+            offsets = spec.parse_footer(footer, file_bytes=size, where=name)
+        except CacheCorruptError as error:
+            yield str(error).removeprefix(f"{name}: ")
+            return
         if quick:
             return
         buffer = np.empty(int(np.diff(offsets).max()), dtype=np.uint8)
