@@ -72,7 +72,8 @@ class CacheReader(Sequence[Sample]):
 
     ``layers``: stored layer ids to return, ascending (default: all). ``io``: map files, read them with large requests,
     or choose by file system. ``checks``: "touch" compares each inner chunk's crc32c when this process first needs it,
-    "size" trusts file sizes. Raises CacheNotFoundError, CacheIncompleteError or another CacheError.
+    "size" trusts file sizes. ``partial``: give the samples of the committed shards, where others are missing.
+    Raises CacheNotFoundError, CacheIncompleteError or another CacheError.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class CacheReader(Sequence[Sample]):
         layers: Iterable[int] | None = None,
         io: Io = "auto",
         checks: Checks = "touch",
+        partial: bool = False,
     ) -> None:
         if io not in ("auto", "mmap", "pread") or checks not in ("touch", "size"):
             raise CacheUsageError(f"io is auto, mmap or pread, got {io!r}; checks is touch or size, got {checks!r}")
@@ -90,8 +92,10 @@ class CacheReader(Sequence[Sample]):
         self._io: Io = io
         self._checks: Checks = checks
         self._mapped = io == "mmap" or (io == "auto" and not is_network_path(self._plan.path))
-        self._markers = _check_complete(self._plan)
-        self._rows = _kept_rows(self._plan, self._markers)
+        self._partial = partial
+        commits, markers = _check_commits(self._plan, partial=partial)
+        self._markers = commits & markers
+        self._rows = _kept_rows(self._plan, commits, self._markers)
         self._state = _State()
 
     def __len__(self) -> int:
@@ -128,8 +132,8 @@ class CacheReader(Sequence[Sample]):
         start = int(columns.token_offsets[row])
         return row, self._open_shard(int(columns.shards[row])), slice(start, start + int(columns.num_tokens[row]))
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path, tuple[int, ...], Io, Checks]]:
-        return type(self), (self._plan.path, self._layers, self._io, self._checks)
+    def __reduce__(self) -> tuple[type[Self], tuple[Path, tuple[int, ...], Io, Checks, bool]]:
+        return type(self), (self._plan.path, self._layers, self._io, self._checks, self._partial)
 
     def __enter__(self) -> Self:
         return self
@@ -268,11 +272,11 @@ def _plan_selection(places: Sequence[int]) -> slice | torch.Tensor:
     return torch.tensor(places)
 
 
-def _check_complete(plan: CachePlan) -> frozenset[int]:
-    """Shards with a marker of excluded samples; an error unless exactly the planned shards are committed."""
+def _check_commits(plan: CachePlan, *, partial: bool) -> tuple[set[int], set[int]]:
+    """Shards that are committed, and that have a marker; an error for a shard that is not planned, or is missing."""
     commits, markers = list_commits(plan.path)
     missing = sorted(set(range(plan.num_shards)) - commits)
-    if missing:
+    if missing and not partial:
         raise CacheIncompleteError(
             f"{plan.path}: {len(missing)} of {plan.num_shards} shards are missing (first: {missing[0]}); "
             "run the same extract command again to finish it"
@@ -280,12 +284,14 @@ def _check_complete(plan: CachePlan) -> frozenset[int]:
     foreign = sorted((commits | markers) - set(range(plan.num_shards)))
     if foreign:
         raise CacheCorruptError(f"{plan.path}: has records of shards that are not planned: {foreign[:5]}; delete them")
-    return frozenset(markers)
+    return commits, markers
 
 
-def _kept_rows(plan: CachePlan, markers: frozenset[int]) -> npt.NDArray[np.int64]:
-    """Rows of the index whose samples are not excluded."""
-    kept = np.ones(len(plan.index.sample_ids), dtype=np.bool_)
+def _kept_rows(plan: CachePlan, commits: set[int], markers: set[int]) -> npt.NDArray[np.int64]:
+    """Rows of the index whose samples are in a committed shard and not excluded."""
+    committed = np.zeros(plan.num_shards, dtype=np.bool_)
+    committed[sorted(commits)] = True
+    kept = committed[plan.index.shards]
     for shard in sorted(markers):
         record = read_commit(plan.planned_shard(shard), has_marker=True)
         rows = plan.index.shard_rows(shard)

@@ -30,14 +30,17 @@ def temp_path(final: Path) -> Path:
     return final.parent / name
 
 
-def remove_stale_temps(directories: Iterable[Path]) -> None:
-    """Remove what dead writers left in these directories; a writer elsewhere may do the same at the same time."""
+def remove_stale_temps(directories: Iterable[Path]) -> list[Path]:
+    """Remove what dead writers left in these directories, and say what; others may do the same at the same time."""
+    removed = []
     for directory in directories:
         if not directory.is_dir():
             continue
         for entry in list(directory.iterdir()):
             if _is_stale(entry):
                 remove_tree(entry)
+                removed.append(entry)
+    return removed
 
 
 def remove_tree(path: Path) -> None:

@@ -33,9 +33,10 @@ class CacheWriter:
         self.plan = CachePlan.read(path)
         self.path = self.plan.path
         directories = [self.path / layout.SHARDS, self.path / layout.COMMITS]
-        for directory in directories:
-            directory.mkdir(exist_ok=True)
-        remove_stale_temps([self.path, *directories])
+        with disk_errors(self.path):
+            for directory in directories:
+                directory.mkdir(exist_ok=True)
+            remove_stale_temps([self.path, *directories])
 
     def missing_shards(self) -> list[int]:
         """Planned shards without a commit, or with one whose shard is gone, ascending."""
