@@ -323,6 +323,8 @@ class _Check:
                     place = _Place(file=layout.shard_name(shard), shard=shard, kind="leftover")
                     self._report(place, "has no commit record (a crash)")
                 uncommitted.add(shard)
+            elif parts[0] == layout.COMMITS and layout.parse_excluded(parts[-1]) in missing:
+                self._report(_Place(file=name, kind="leftover"), "marks a shard without a commit record (a crash)")
             elif any(layout.parse_temp(part) for part in parts):
                 place = _Place(file=name, kind="leftover")
                 self._report(place, "is a temporary of a writer that runs or has died")
