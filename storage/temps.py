@@ -47,7 +47,7 @@ def remove_tree(path: Path) -> None:
     """Remove a file or a directory, whether or not somebody else is removing it too."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif os.path.lexists(path):  # a read-only disk refuses to remove also what is not there
         path.unlink(missing_ok=True)
 
 
