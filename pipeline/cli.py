@@ -157,28 +157,66 @@ def pull(url: str, cache: Path) -> None:
 
 @main.command()
 @_with_config
-@click.option("--quick", is_flag=True, help="Sizes and records only; do not read the payload.")
+@click.option("--quick", is_flag=True, help="Records, metadata and sizes only; do not read states, samples, target.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def verify(config: Path, overrides: tuple[str, ...], quick: bool, as_json: bool) -> None:
-    """Check every byte of the cache against its checksums. CONFIG may also be the cache's own folder."""
-    from storage import verify_cache
+@click.option("--report", "report_file", type=click.Path(path_type=Path), help="Also write the report as JSON to FILE.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads. Default: one per processor, at most 8.")
+@click.option("--repair", is_flag=True, help="Drop damaged shards, so that extract computes just these again.")
+def verify(
+    config: Path,
+    overrides: tuple[str, ...],
+    quick: bool,
+    as_json: bool,
+    report_file: Path | None,
+    workers: int | None,
+    repair: bool,
+) -> None:
+    """Check every byte of the cache against its checksums. CONFIG may also be the cache's own folder.
 
-    report = verify_cache(_cache_section(config, overrides).path, quick=quick)
-    if as_json:
-        click.echo(json.dumps(show.report_to_json(report), indent=2))
-    else:
-        show.verify_report(console, report)
+    Exit status 1 if it is not whole, also after a repair.
+    """
+    from storage import repair_cache, verify_cache
+
+    path = _cache_section(config, overrides).path
+    with show.progress_bar("verify") as progress:
+        report = verify_cache(path, quick=quick, num_workers=workers, progress=progress)
+    repaired = None
+    try:
+        repaired = repair_cache(path, report) if repair else None
+    finally:  # the report is of use also where the cache cannot be repaired
+        fields = show.report_to_json(report, repaired)
+        if report_file is not None:
+            _write_json(report_file, fields)
+        if as_json:
+            click.echo(json.dumps(fields, indent=2))
+        else:
+            show.verify_report(console, report)
+    if repaired is not None and not as_json:
+        show.repair_report(console, repaired)
     if not report.ok:
         sys.exit(1)
 
 
 @main.command()
 @_with_config
-def inspect(config: Path, overrides: tuple[str, ...]) -> None:
-    """Show what a cache is: identity, sizes, lengths, mask coverage. CONFIG may also be the cache's own place."""
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+def inspect(config: Path | str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what a cache is, unfinished ones too: identity, sizes, lengths, masks, norms, tokens, exclusions.
+
+    CONFIG may also be the cache's own place; at an address, only what its plan says is shown.
+    """
+    from pipeline.inspection import inspect_cache
     from pipeline.stage_two import open_reader
 
-    show.cache(console, open_reader(_cache_section(config, overrides)))
+    section = _cache_section(config, overrides)
+    if not isinstance(section.path, Path):
+        show.remote_cache(console, open_reader(section))
+        return
+    found = inspect_cache(section.path)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        show.cache(console, found)
 
 
 @main.command()
@@ -249,6 +287,16 @@ def _cache_section(config: Path | str, overrides: tuple[str, ...]) -> CacheSecti
     if isinstance(config, Path) and config.suffix == ".toml":
         return load_config(config, overrides).cache
     return CacheSection(path=config)
+
+
+def _write_json(file: Path, fields: dict[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    temp = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temp.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        temp.replace(file)
+    finally:
+        temp.unlink(missing_ok=True)
 
 
 def _extract(settings: Config, *, part: str | None = None) -> None:

@@ -1,21 +1,27 @@
 """What the command line prints: tables and the numbers at the end of a run."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from pipeline.inspection import Histogram, Inspection, StateSample
 from stages.errors import SettingError
 from stages.evaluate.cached import CacheEvaluation
 from stages.extract.price import Price
 from stages.extract.run import ExtractResult
 from stages.extract.samples import SampleCounts
-from storage import CacheReader, TransferResult, VerifyReport
+from storage import CacheReader, RepairReport, TransferResult, VerifyReport
+
+_LEFT: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
 
 
 def price(console: Console, price: Price, counts: SampleCounts) -> None:
@@ -99,21 +105,45 @@ def evaluation(
     console.print(table)
 
 
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's stderr, nothing elsewhere; gives a function of (done, total)."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
 def verify_report(console: Console, report: VerifyReport) -> None:
     """The problems, or that there are none."""
     for problem in report.problems:
-        console.print(str(problem), markup=False, style="red")
+        console.print(printable(str(problem)), markup=False, style="red")
     verdict = "whole" if report.ok else f"{len(report.problems)} problems, {len(report.missing_shards)} shards missing"
-    console.print(f"{report.num_shards} shards, {_bytes(report.num_checked_bytes)} checked: {verdict}", markup=False)
+    checked = f"{_bytes(report.num_checked_bytes)} checked in {report.seconds:,.1f} s"
+    console.print(f"{report.num_shards} shards, {checked}: {verdict}", markup=False)
 
 
-def report_to_json(report: VerifyReport) -> dict[str, Any]:
+def repair_report(console: Console, repair: RepairReport) -> None:
+    """What was dropped and removed, and what to do next."""
+    for name in repair.removed:
+        console.print(f"removed {printable(name)}", markup=False)
+    if repair.busy_shards:
+        console.print(f"left alone, a writer holds them: shards {_some(repair.busy_shards)}", markup=False)
+    if repair.dropped_shards:
+        console.print(f"dropped shards {_some(repair.dropped_shards)}; run extract again to compute them", markup=False)
+    if repair == RepairReport(dropped_shards=(), busy_shards=(), removed=()):
+        console.print("nothing to repair")
+
+
+def report_to_json(report: VerifyReport, repair: RepairReport | None = None) -> dict[str, Any]:
     """The report as plain JSON values."""
-    return {**asdict(report), "ok": report.ok}
+    fields = {**asdict(report), "ok": report.ok, "bad_shards": report.bad_shards}
+    return fields if repair is None else {**fields, "repair": asdict(repair)}
 
 
-def cache(console: Console, reader: CacheReader) -> None:
-    """Identity, sizes, lengths and mask coverage of a cache."""
+def remote_cache(console: Console, reader: CacheReader) -> None:
+    """What the plan says of a cache at an address: identity, sizes, lengths and mask coverage."""
     with reader:
         manifest, lengths = reader.manifest, reader.num_tokens
         table = _table(f"cache {reader.place}")
@@ -132,6 +162,101 @@ def cache(console: Console, reader: CacheReader) -> None:
         for reason, count in plan.dropped.items():
             table.add_row("left out or cut", f"{count:,} x {reason}")
     console.print(table)
+
+
+def cache(console: Console, found: Inspection) -> None:
+    """Identity, sizes, lengths, mask coverage, norms, frequent tokens and exclusions of a cache."""
+    console.print(_cache_summary(found))
+    console.print(_histogram_table("tokens a sample", found.lengths))
+    console.print(_histogram_table("supervised tokens a sample", found.supervised))
+    console.print(_histogram_table("supervised share of a sample", found.mask_shares, is_share=True))
+    console.print(_norms_table(found.states))
+    for error in found.states.errors:
+        console.print(error, markup=False, style="red")
+    table = Table("id", "count", "text", title=f"most frequent of {found.num_counted_tokens:,} tokens", **_LEFT)
+    for token in found.frequent_tokens:
+        table.add_row(str(token.token_id), f"{token.count:,}", Text("" if token.text is None else repr(token.text)))
+    console.print(table)
+    if found.num_excluded:
+        title = f"excluded: {found.num_excluded:,} samples" + (
+            f", the first {len(found.exclusions)}" if len(found.exclusions) < found.num_excluded else ""
+        )
+        table = Table("sample", "source", "layer", "reason", title=title, **_LEFT)
+        for item in found.exclusions:
+            source = Text(printable(f"{item.source_file} row {item.source_row}"))
+            table.add_row(str(item.sample_id), source, _layer_name(item.layer), Text(printable(item.reason)))
+        console.print(table)
+
+
+def _cache_summary(found: Inspection) -> Table:
+    table = _table(printable(f"cache {found.path}"))
+    state = "complete" if found.is_complete else "incomplete, extract computes the rest"
+    table.add_row("committed", f"{found.num_committed_shards:,} of {found.num_shards:,} shards: {state}")
+    for name, value in found.identity.items():
+        table.add_row(name, Text(printable(str(value)[:12] if name.endswith("_digest") else str(value))))
+    for name, value in sorted(found.provenance.items()):
+        table.add_row(Text(printable(f"made from: {name}")), Text(printable(value)))
+    table.add_row("samples", f"{found.num_samples:,} planned, {found.num_excluded:,} excluded")
+    for split, counts in found.splits.items():
+        table.add_row(f"split {split}", f"{counts['num_samples']:,} samples, {counts['num_tokens']:,} tokens")
+    table.add_row("tokens", f"{found.num_tokens:,}, {found.num_supervised / found.num_tokens:.1%} supervised")
+    table.add_row(
+        "states when complete", f"{_bytes(found.payload_bytes)}, {found.payload_bytes_per_token:,} bytes a token"
+    )
+    on_disk = ("about " if found.is_estimated else "") + _bytes(found.num_committed_bytes)
+    if found.num_committed_tokens:
+        on_disk += f", {found.num_committed_bytes / found.num_committed_tokens:,.0f} bytes a token with padding"
+    table.add_row("states on disk", on_disk)
+    table.add_row("plan on disk", _bytes(found.plan_file_bytes))
+    quantiles = "min {:,} | 25 % {:,} | median {:,} | 75 % {:,} | max {:,}".format(*found.length_quantiles)
+    table.add_row("tokens a sample", quantiles)
+    for reason, count in found.dropped.items():
+        table.add_row("left out or cut", Text(printable(f"{count:,} x {reason}")))
+    return table
+
+
+def _histogram_table(title: str, histogram: Histogram, *, is_share: bool = False) -> Table:
+    table = Table(title=title, show_header=False, **_LEFT)
+    last, most = len(histogram.counts) - 1, max(histogram.counts)
+    for place, count in enumerate(histogram.counts):
+        low, high = histogram.edges[place : place + 2]
+        if is_share:
+            label = f"{low:.0%} to {high:.0%}"
+        else:  # whole numbers, so the bin ends one below its edge; the last has its edge too
+            top = high if place == last and low == high else high - 1
+            label = f"{low:,.0f}" if low == top else f"{low:,.0f} to {top:,.0f}"
+        table.add_row(label, f"{count:,}", _bar(count / most))
+    return table
+
+
+def _bar(share: float) -> str:
+    """Up to thirty blocks, in eighths."""
+    eighths = round(share * 30 * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _norms_table(states: StateSample) -> Table:
+    title = f"L2 norms of {states.num_tokens:,} tokens of {states.num_samples:,} committed samples"
+    table = Table("layer", "mean", "max", "", title=title, **_LEFT)
+    for norms in states.layers:
+        flags = [f"{norms.num_non_finite:,} not finite"] * (norms.num_non_finite > 0)
+        flags += [f"{norms.num_zero:,} zero"] * (norms.num_zero > 0)
+        values = ["" if value is None else f"{value:,.3f}" for value in (norms.mean, norms.max)]
+        table.add_row(_layer_name(norms.layer), *values, Text(", ".join(flags), style="red"))
+    return table
+
+
+def _layer_name(layer: int | None) -> str:
+    return "last state" if layer is None else str(layer)
+
+
+def _some(shards: Sequence[int]) -> str:
+    return ", ".join(map(str, shards[:10])) + (f" and {len(shards) - 10} more" if len(shards) > 10 else "")
+
+
+def printable(text: str) -> str:
+    """Text that a damaged or hostile cache may have chosen, without what a terminal would obey or refuse."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def runs(console: Console, folders: Sequence[Path]) -> None:
@@ -161,7 +286,7 @@ def runs(console: Console, folders: Sequence[Path]) -> None:
 
 
 def _table(title: str) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    table = Table(title=title, show_header=False, **_LEFT)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     return table

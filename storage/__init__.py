@@ -1,5 +1,6 @@
 """The cache on disk: its plan, its writer, its reader, its verifier. FORMAT.md is the normative description."""
 
+from storage.commit import CommitRecord, list_commits, read_commit
 from storage.encodings import ENCODINGS, bytes_per_token
 from storage.errors import (
     CacheBusyError,
@@ -13,10 +14,12 @@ from storage.errors import (
     CacheReadError,
     CacheSpaceError,
     CacheUsageError,
+    CacheWriteError,
 )
 from storage.manifest import CacheHeader, CacheIdentity, Manifest, Split, check_identity
 from storage.plan import CachePlan
 from storage.reader import CacheReader, Sample
+from storage.repair import RepairReport, repair_cache
 from storage.samples import PlannedSample
 from storage.sharding import plan_batches
 from storage.transfer import TransferResult, pull_cache, push_cache
@@ -31,6 +34,7 @@ __all__ = [
     "push_cache",
     "pull_cache",
     "TransferResult",
+    "repair_cache",
     "Sample",
     "ShardWriter",
     "PlannedSample",
@@ -41,6 +45,10 @@ __all__ = [
     "VerifyReport",
     "Problem",
     "ENCODINGS",
+    "RepairReport",
+    "CommitRecord",
+    "list_commits",
+    "read_commit",
     "bytes_per_token",
     "check_identity",
     "plan_batches",
@@ -55,4 +63,5 @@ __all__ = [
     "CacheReadError",
     "CacheSpaceError",
     "CacheUsageError",
+    "CacheWriteError",
 ]

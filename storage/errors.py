@@ -45,5 +45,9 @@ class CacheIncompleteError(CacheError, RuntimeError):
     """Planned shards have no commit yet."""
 
 
+class CacheWriteError(CacheError, OSError):
+    """The operating system refused to write or to remove a file of the cache."""
+
+
 class CacheSpaceError(CacheError, OSError):
     """The disk or the quota is full."""

@@ -11,7 +11,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from storage.errors import CacheCorruptError, CacheReadError, CacheSpaceError
+from storage.errors import CacheCorruptError, CacheError, CacheReadError, CacheSpaceError, CacheWriteError
 from storage.faults import fault_point
 from storage.temps import temp_path
 
@@ -30,6 +30,20 @@ def crc32c_hex(data: Bytes) -> str:
 
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a refusal of the system to write into CacheSpaceError or CacheWriteError."""
+    try:
+        with space_errors(where):
+            yield
+    except CacheError:
+        raise
+    except OSError as error:
+        raise CacheWriteError(
+            f"{where}: cannot write: {error.strerror}; see to the disk and run extract again, committed shards are kept"
+        ) from error
+
+
+@contextlib.contextmanager
+def space_errors(where: Path) -> Iterator[None]:
     """Turn "disk full" and "quota exceeded" into an error that says so; leave every other error alone."""
     try:
         yield
@@ -63,14 +77,15 @@ def write_durable(path: Path, data: bytes) -> None:
 def write_atomic(path: Path, data: bytes, *, fault: str) -> None:
     """Publish a file whole: temporary name, write, sync, rename, sync the directory."""
     temp = temp_path(path)
-    try:
-        write_durable(temp, data)
-        fault_point(fault)
-        temp.rename(path)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+    with disk_errors(path):
+        try:
+            write_durable(temp, data)
+            fault_point(fault)
+            temp.rename(path)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
@@ -80,12 +95,12 @@ def sync_directory(path: Path) -> None:
 
 def sync_file(path: Path, flags: int = 0) -> None:
     """Make a file's bytes durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
-    try:
-        with disk_errors(path):
+    with disk_errors(path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+        try:
             os.fsync(fd)
-    finally:
-        os.close(fd)
+        finally:
+            os.close(fd)
 
 
 def open_inside(root: Path, name: str) -> int:

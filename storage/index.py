@@ -129,6 +129,7 @@ def read_table(data: bytes, schema: pa.Schema, *, where: str) -> pa.Table:
     """Parse Parquet bytes that must have exactly this schema and no nulls."""
     try:
         table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        table.validate(full=True)  # strings are of any bytes until then
     except (pa.ArrowException, OSError, ValueError) as error:
         raise CacheFormatError(f"{where}: is not a readable Parquet file: {error}") from error
     if not table.schema.equals(schema) or any(column.null_count for column in table.columns):

@@ -14,7 +14,16 @@ from pathlib import Path
 from storage import layout
 from storage.errors import CacheExistsError
 from storage.faults import fault_point
-from storage.files import crc32c_hex, disk_errors, hash_inside, sync_directory, sync_file, write_all, write_durable
+from storage.files import (
+    crc32c_hex,
+    disk_errors,
+    hash_inside,
+    space_errors,
+    sync_directory,
+    sync_file,
+    write_all,
+    write_durable,
+)
 from storage.index import IndexBuilder, PlanIndex, render_index
 from storage.manifest import CacheHeader, FileRecord, Manifest, PlanSummary, digest_plan, seal_manifest
 from storage.samples import PlannedSample, digest_tokens, render_samples
@@ -33,7 +42,7 @@ def publish_plan(
     dropped: Callable[[], Mapping[str, int]] | None,
 ) -> None:
     """Write every file of a plan; see ``CachePlan.write``."""
-    with disk_errors(root), _partial_manifest(root) as partial_fd:
+    with space_errors(root), _partial_manifest(root) as partial_fd:
         _remove_partial_plan(root)
         fault_point("plan.started")
         index, token_digests, files = _write_samples(root, samples, header)
@@ -71,10 +80,11 @@ def _partial_manifest(root: Path) -> Iterator[int]:
     """Hold the manifest under its partial name: it marks the directory as ours and keeps a second planner out."""
     if root.exists() and not root.is_dir():
         raise CacheExistsError(f"{root}: is a file; name an empty or a new directory")
-    root.mkdir(parents=True, exist_ok=True)
-    _check_vacant(root)
     path = root / layout.PARTIAL_MANIFEST
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        _check_vacant(root)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         _lock(fd, root)
         if (root / layout.MANIFEST).exists():  # another planner finished between our look and our lock

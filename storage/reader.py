@@ -90,7 +90,8 @@ class CacheReader(Sequence[Sample]):
     or choose by file system. ``checks``: "touch" compares each inner chunk's crc32c when this process first needs it,
     "size" trusts file sizes. ``path`` may be an fsspec address; ``staging`` is then the local folder that shards are
     fetched into (default: in the user's cache directory) and ``staging_bytes`` the bound of their total size (default:
-    32 GB). Raises CacheNotFoundError, CacheIncompleteError or another CacheError.
+    32 GB). ``partial``: give the samples of the committed shards, where others are missing.
+    Raises CacheNotFoundError, CacheIncompleteError or another CacheError.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class CacheReader(Sequence[Sample]):
         checks: Checks = "touch",
         staging: Path | None = None,
         staging_bytes: int | None = None,
+        partial: bool = False,
     ) -> None:
         if io not in ("auto", "mmap", "pread") or checks not in ("touch", "size"):
             raise CacheUsageError(f"io is auto, mmap or pread, got {io!r}; checks is touch or size, got {checks!r}")
@@ -116,11 +118,12 @@ class CacheReader(Sequence[Sample]):
         self._io: Io = io
         self._checks: Checks = checks
         self._mapped = io == "mmap" or (io == "auto" and not is_network_path(self._plan.path))
-        commits = self._staged.list_commits() if self._staged else list_commits(self._plan.path)
-        self._markers = _check_complete(self._plan, commits, where=self._source[0])
-        self._rows = _kept_rows(
-            self._plan, self._markers, self._staged.read_commit if self._staged else _read_excluding
-        )
+        self._partial = partial
+        listed = self._staged.list_commits() if self._staged else list_commits(self._plan.path)
+        commits, markers = _check_commits(self._plan, listed, where=self._source[0], partial=partial)
+        self._markers = commits & markers
+        read_record = self._staged.read_commit if self._staged else _read_excluding
+        self._rows = _kept_rows(self._plan, commits, self._markers, read_record)
         self._state = _State()
 
     def __len__(self) -> int:
@@ -175,7 +178,7 @@ class CacheReader(Sequence[Sample]):
 
     def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
         path, *staging = self._source
-        return type(self), (path, self._layers, self._io, self._checks, *staging)
+        return type(self), (path, self._layers, self._io, self._checks, *staging, self._partial)
 
     def __enter__(self) -> Self:
         return self
@@ -403,11 +406,13 @@ def _trim(opened: OrderedDict[int, Any]) -> None:
         opened.popitem(last=False)
 
 
-def _check_complete(plan: CachePlan, listed: tuple[set[int], set[int]], *, where: str | Path) -> frozenset[int]:
-    """Shards with a marker of excluded samples; an error unless exactly the planned shards are committed."""
+def _check_commits(
+    plan: CachePlan, listed: tuple[set[int], set[int]], *, where: str | Path, partial: bool
+) -> tuple[set[int], set[int]]:
+    """Shards that are committed, and that have a marker; an error for a shard that is not planned, or is missing."""
     commits, markers = listed
     missing = sorted(set(range(plan.num_shards)) - commits)
-    if missing:
+    if missing and not partial:
         raise CacheIncompleteError(
             f"{where}: {len(missing)} of {plan.num_shards} shards are missing (first: {missing[0]}); run the same "
             "extract (or import) command again to finish it" + (", then push it again" if is_remote(where) else "")
@@ -415,7 +420,7 @@ def _check_complete(plan: CachePlan, listed: tuple[set[int], set[int]], *, where
     foreign = sorted((commits | markers) - set(range(plan.num_shards)))
     if foreign:
         raise CacheCorruptError(f"{where}: has records of shards that are not planned: {foreign[:5]}; delete them")
-    return frozenset(markers)
+    return commits, markers
 
 
 def _read_excluding(planned: PlannedShard) -> CommitRecord:
@@ -423,10 +428,12 @@ def _read_excluding(planned: PlannedShard) -> CommitRecord:
 
 
 def _kept_rows(
-    plan: CachePlan, markers: frozenset[int], read_record: Callable[[PlannedShard], CommitRecord]
+    plan: CachePlan, commits: set[int], markers: set[int], read_record: Callable[[PlannedShard], CommitRecord]
 ) -> npt.NDArray[np.int64]:
-    """Rows of the index whose samples are not excluded."""
-    kept = np.ones(len(plan.index.sample_ids), dtype=np.bool_)
+    """Rows of the index whose samples are in a committed shard and not excluded."""
+    committed = np.zeros(plan.num_shards, dtype=np.bool_)
+    committed[sorted(commits)] = True
+    kept = committed[plan.index.shards]
     for shard in sorted(markers):
         record = read_record(plan.planned_shard(shard))
         rows = plan.index.shard_rows(shard)

@@ -30,21 +30,24 @@ def temp_path(final: Path) -> Path:
     return final.parent / name
 
 
-def remove_stale_temps(directories: Iterable[Path]) -> None:
-    """Remove what dead writers left in these directories; a writer elsewhere may do the same at the same time."""
+def remove_stale_temps(directories: Iterable[Path]) -> list[Path]:
+    """Remove what dead writers left in these directories, and say what; others may do the same at the same time."""
+    removed = []
     for directory in directories:
         if not directory.is_dir():
             continue
         for entry in list(directory.iterdir()):
             if _is_stale(entry):
                 remove_tree(entry)
+                removed.append(entry)
+    return removed
 
 
 def remove_tree(path: Path) -> None:
     """Remove a file or a directory, whether or not somebody else is removing it too."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif os.path.lexists(path):  # a read-only disk refuses to remove also what is not there
         path.unlink(missing_ok=True)
 
 

@@ -1,36 +1,55 @@
 """Checking every byte of a cache, and saying which file, shard, array and inner chunk is wrong.
 
 Damage never raises: it becomes a line of the report. A partly extracted cache verifies too, and lists what is missing.
+Each part of a cache (a file of the target, a shard with its samples) is checked by one thread; what was found is put
+together in the order of the parts, so the report does not depend on the number of threads.
 """
 
+import errno
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from storage import layout
-from storage.commit import ArrayRecord, CommitRecord, PlannedShard, list_commits, plan_shard, read_commit
-from storage.errors import CacheCorruptError, CacheError, CacheNotFoundError, CacheUsageError
+from storage.commit import ArrayRecord, CommitRecord, list_commits, read_commit
+from storage.errors import CacheCorruptError, CacheError, CacheNotFoundError, CacheReadError, CacheUsageError
 from storage.files import crc32c_hex, open_inside, read_inside
 from storage.index import PlanIndex, parse_index
 from storage.manifest import Manifest, digest_plan, read_manifest
-from storage.plan import check_recorded, read_recorded, read_shard_samples
+from storage.plan import CachePlan, check_recorded, read_recorded
 from storage.remote import is_remote
 from storage.samples import digest_tokens
 from storage.zarr_array import ArraySpec, group_metadata
 
+# Reads overlap, checksums do not (google_crc32c keeps the interpreter's lock), so more threads than a few only wait.
+MAX_WORKERS = 8
+
+# What says that bytes are gone; any other refusal (permission, a server that is away) says nothing about them.
+_DAMAGE = (None, errno.ENOENT, errno.EIO)
+
+ProblemKind = Literal["plan", "shard", "unreadable", "leftover", "stranger"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong; ``shard`` and ``array`` are None where it is not about one."""
+    """One thing that is wrong; ``shard`` and ``array`` are None where it is not about one.
+
+    ``kind``: damage to a file of the plan or of a committed shard; a file that the system refuses to open, though it
+    may be sound; what a writer has left or is writing; a file that is not part of the cache.
+    """
 
     file: str
     shard: int | None
     array: str | None
     what: str
+    kind: ProblemKind
 
     def __str__(self) -> str:
         return f"{self.file}: {self.what}"
@@ -38,81 +57,129 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What was found. ``ok`` means: complete, and every byte is the committed one."""
+    """What was found. ``ok`` means: complete, and every byte that was looked at is the committed one."""
 
     problems: tuple[Problem, ...]
     num_shards: int
     num_checked_bytes: int
     missing_shards: tuple[int, ...]
+    quick: bool
+    seconds: float
 
     @property
     def ok(self) -> bool:
         """No problem and nothing missing."""
         return not self.problems and not self.missing_shards
 
+    @property
+    def bad_shards(self) -> tuple[int, ...]:
+        """Damaged shards that have a commit, ascending."""
+        shards = {problem.shard for problem in self.problems if problem.kind == "shard"}
+        return tuple(sorted(shard for shard in shards if shard is not None))
+
 
 def verify_cache(
-    path: str | os.PathLike[str], *, quick: bool = False, progress: Callable[[int, int], None] | None = None
+    path: str | os.PathLike[str],
+    *,
+    quick: bool = False,
+    num_workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Check a cache; ``quick`` compares sizes of payload files instead of reading them.
+    """Check a cache with ``num_workers`` threads (default: one per processor, at most 8).
 
-    ``progress`` is called with (shards done, shards to check). Raises CacheNotFoundError if there is no directory,
-    CacheUsageError for an address.
+    ``quick`` checks records, metadata and indexes, but of payload, samples and target files only the sizes.
+    ``progress`` is called from the calling thread with (shards done, shards planned). Raises CacheNotFoundError if
+    there is no directory, CacheUsageError for an address.
     """
     if is_remote(path):
         raise CacheUsageError(f"{path}: is an address; dspark pull it, which checks every byte, or verify a local copy")
+    started = time.monotonic()
     root = Path(path)
     if not root.is_dir():
         raise CacheNotFoundError(f"{root}: is not a directory; check the path")
-    check = _Verification(root, quick=quick)
-    check.run(progress)
+    check = _Check(root, quick=quick)
+    manifest = check.read_manifest()
+    commits, markers = check.list_commits()
+    num_shards = manifest.plan.num_shards if manifest else 0
+    missing = tuple(sorted(set(range(num_shards)) - commits))
+    if manifest is not None:
+        index = check.check_plan_files(manifest)
+        if index is not None:  # reported; without it the size of a shard is not known
+            plan = CachePlan(path=root, manifest=manifest, index=index)
+            parts = _check_shards(plan, commits, markers, quick=quick, num_workers=num_workers, progress=progress)
+            check.merge(manifest, parts)
+            check.check_strangers(missing)
     return VerifyReport(
         problems=tuple(check.problems),
-        num_shards=check.num_shards,
+        num_shards=num_shards,
         num_checked_bytes=check.num_checked_bytes,
-        missing_shards=tuple(check.missing),
+        missing_shards=missing,
+        quick=quick,
+        seconds=time.monotonic() - started,
     )
 
 
-@dataclass(kw_only=True, eq=False)
+def is_damaged(plan: CachePlan, shard: int, *, has_marker: bool, quick: bool) -> bool:
+    """Whether a committed shard is bad at this moment."""
+    check = _Check(plan.path, quick=quick)
+    check.check_shard(plan, shard, has_marker=has_marker)
+    return any(problem.kind == "shard" for problem in check.problems)
+
+
+def _check_shards(
+    plan: CachePlan,
+    commits: Collection[int],
+    markers: Collection[int],
+    *,
+    quick: bool,
+    num_workers: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> list["_Check"]:
+    """What was found out about each planned shard, in their order."""
+
+    def check_shard(shard: int) -> _Check:
+        check = _Check(plan.path, quick=quick)
+        check.check_samples(plan, shard)
+        if shard in commits:
+            check.check_shard(plan, shard, has_marker=shard in markers)
+        return check
+
+    parts = []
+    pool = ThreadPoolExecutor(num_workers or min(MAX_WORKERS, os.cpu_count() or 1))
+    try:
+        for part in pool.map(check_shard, range(plan.num_shards)):
+            parts.append(part)
+            if progress is not None:
+                progress(len(parts), plan.num_shards)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return parts
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Place:
     """What a check is about, for the report."""
 
     file: str
     shard: int | None = None
     array: str | None = None
+    kind: ProblemKind = "shard"
 
 
 @dataclass(eq=False)
-class _Verification:
+class _Check:
+    """What one thread finds out about its part of a cache, or all of it put together."""
+
     root: Path
     quick: bool = field(kw_only=True)
     problems: list[Problem] = field(default_factory=list)
-    missing: list[int] = field(default_factory=list)
-    num_shards: int = 0
-    num_checked_bytes: int = 0
     expected: set[str] = field(default_factory=set)
+    num_checked_bytes: int = 0
+    token_digest: str | None = None
 
-    def run(self, progress: Callable[[int, int], None] | None) -> None:
-        manifest = self._check_manifest()
-        if manifest is None:
-            return
-        self.num_shards = manifest.plan.num_shards
-        index = self._check_plan_files(manifest)
-        commits, markers = self._list_commits()
-        self.missing = sorted(set(range(self.num_shards)) - commits)
-        present = sorted(commits & set(range(self.num_shards)))
-        if index is None:  # reported; without it the size of a shard is not known
-            return
-        token_digests = self._check_samples(manifest, index)
-        for done, shard in enumerate(present):
-            self._check_shard(plan_shard(self.root, manifest, index, shard), token_digests, shard in markers)
-            if progress is not None:
-                progress(done + 1, len(present))
-        self._check_strangers()
-
-    def _check_manifest(self) -> Manifest | None:
-        place = _Place(file=layout.MANIFEST)
+    def read_manifest(self) -> Manifest | None:
+        """The manifest if it is sound."""
+        place = _Place(file=layout.MANIFEST, kind="plan")
         try:
             manifest = read_manifest(self.root)
         except (CacheError, OSError) as error:
@@ -121,71 +188,98 @@ class _Verification:
         self._count(place, len(manifest.render()))
         return manifest
 
-    def _check_plan_files(self, manifest: Manifest) -> PlanIndex | None:
-        """Compare each file of the plan with the manifest; give the index if it is sound."""
-        index: PlanIndex | None = None
-        for name, record in manifest.files.items():
-            place = _Place(file=name)
-            self.expected.add(name)
-            try:
-                check_recorded(self.root, name, manifest)
-                if name == layout.INDEX:
-                    index = parse_index(read_recorded(self.root, name, manifest), manifest.plan, where=name)
-            except (CacheError, OSError) as error:
-                self._report(place, error)
-            else:
-                self._count(place, record.num_bytes)
-        return index
-
-    def _check_samples(self, manifest: Manifest, index: PlanIndex) -> dict[int, str]:
-        """Token digest of each shard whose samples file is sound; all together must give the plan's digest."""
-        digests: dict[int, str] = {}
-        for shard in range(self.num_shards):
-            try:
-                digests[shard] = digest_tokens(read_shard_samples(self.root, manifest, index, shard))
-            except (CacheError, OSError) as error:
-                if not any(problem.file == layout.samples_name(shard) for problem in self.problems):
-                    self._report(_Place(file=layout.samples_name(shard), shard=shard), error)
-        if len(digests) == self.num_shards:
-            found = digest_plan(manifest.identity, list(digests.values()))
-            if found != manifest.plan_digest:
-                self._report(_Place(file=layout.MANIFEST), f"plan_digest is not that of the samples, {found}")
-        return digests
-
-    def _list_commits(self) -> tuple[set[int], set[int]]:
+    def list_commits(self) -> tuple[set[int], set[int]]:
+        """Shards that have a commit, and shards that have a marker."""
         try:
             return list_commits(self.root)
         except OSError as error:
             self._report(_Place(file=layout.COMMITS), error)
             return set(), set()
 
-    def _check_shard(self, planned: PlannedShard, token_digests: dict[int, str], has_marker: bool) -> None:
-        place = _Place(file=layout.commit_name(planned.shard), shard=planned.shard)
+    def check_plan_files(self, manifest: Manifest) -> PlanIndex | None:
+        """Check the files of the target and the index; give the index if it is sound.
+
+        Without an index, samples files are held against the manifest here; with one, each is part of its shard.
+        """
+        place = _Place(file=layout.INDEX, kind="plan")
+        index: PlanIndex | None = None
+        self.expected.add(place.file)
+        try:
+            data = read_recorded(self.root, place.file, manifest)
+            index = parse_index(data, manifest.plan, where=str(self.root / place.file))
+            self._count(place, len(data))
+        except (CacheError, OSError) as error:
+            self._report(place, error)
+        for name in manifest.files:
+            if name.startswith(f"{layout.TARGET}/") or (index is None and name != layout.INDEX):
+                self._check_recorded(_Place(file=name, kind="plan"), manifest)
+        return index
+
+    def merge(self, manifest: Manifest, parts: list["_Check"]) -> None:
+        """Take over what was found about every shard; all samples together must give the plan's digest."""
+        for part in parts:
+            self.problems += part.problems
+            self.expected |= part.expected
+            self.num_checked_bytes += part.num_checked_bytes
+        digests = [part.token_digest for part in parts if part.token_digest is not None]
+        if len(digests) == len(parts) and (found := digest_plan(manifest.identity, digests)) != manifest.plan_digest:
+            place = _Place(file=layout.MANIFEST, kind="plan")
+            self._report(place, f"plan_digest is not that of the samples, {found}")
+
+    def check_samples(self, plan: CachePlan, shard: int) -> None:
+        """Check the samples file of a shard and keep the digest of its tokens."""
+        place = _Place(file=layout.samples_name(shard), shard=shard, kind="plan")
+        if self.quick:
+            self._check_recorded(place, plan.manifest)
+            return
+        self.expected.add(place.file)
+        try:
+            self.token_digest = digest_tokens(plan.read_samples(shard))
+            self._count(place, plan.manifest.files[place.file].num_bytes)
+        except (CacheError, OSError) as error:
+            self._report(place, error)
+
+    def check_shard(self, plan: CachePlan, shard: int, *, has_marker: bool) -> None:
+        """Check record, marker and arrays of a committed shard."""
+        planned = plan.planned_shard(shard)
+        place = _Place(file=layout.commit_name(shard), shard=shard)
         record: CommitRecord | None = None
         self.expected.add(place.file)
         try:
             record = read_commit(planned, has_marker=has_marker)
-            if record.token_digest != token_digests.get(planned.shard, record.token_digest):
+            if self.token_digest not in (None, record.token_digest):
                 raise CacheCorruptError("token_digest is not that of the planned samples")
             self._count(place, len(record.render()))
         except (CacheError, OSError) as error:
             self._report(place, error)
         if has_marker:
-            marker = _Place(file=layout.excluded_name(planned.shard), shard=planned.shard)
-            self._check_exact(marker, b"")
-        shard_name = layout.shard_name(planned.shard)
-        group = _Place(file=f"{shard_name}/{layout.group_metadata_name()}", shard=planned.shard)
+            self._check_exact(_Place(file=layout.excluded_name(shard), shard=shard), b"")
+        shard_name = layout.shard_name(shard)
+        group = _Place(file=f"{shard_name}/{layout.group_metadata_name()}", shard=shard)
         self._check_exact(group, group_metadata())
         for spec in planned.arrays:
             metadata = f"{shard_name}/{layout.array_metadata_name(spec.name)}"
-            self._check_exact(_Place(file=metadata, shard=planned.shard, array=spec.name), spec.metadata())
-            data = _Place(file=f"{shard_name}/{spec.data_name}", shard=planned.shard, array=spec.name)
+            self._check_exact(_Place(file=metadata, shard=shard, array=spec.name), spec.metadata())
+            data = _Place(file=f"{shard_name}/{spec.data_name}", shard=shard, array=spec.name)
             self._check_array(data, spec, record.arrays[spec.name] if record else None)
+
+    def _check_recorded(self, place: _Place, manifest: Manifest) -> None:
+        """Compare a file of the plan with the manifest: its bytes, or where quick its size."""
+        num_bytes = manifest.files[place.file].num_bytes
+        self.expected.add(place.file)
+        try:
+            if self.quick:
+                _check_size(self.root, place.file, num_bytes)
+            else:
+                check_recorded(self.root, place.file, manifest)
+                self._count(place, num_bytes)
+        except (CacheError, OSError) as error:
+            self._report(place, error)
 
     def _check_exact(self, place: _Place, expected: bytes) -> None:
         self.expected.add(place.file)
         try:
-            if read_inside(self.root, place.file) != expected:
+            if read_inside(self.root, place.file, num_bytes=len(expected)) != expected:
                 raise CacheCorruptError("its bytes are not the ones that the plan implies")
             self._count(place, len(expected))
         except (CacheError, OSError) as error:
@@ -201,27 +295,34 @@ class _Verification:
         except (CacheError, OSError) as error:
             self._report(place, error)
 
-    def _check_strangers(self) -> None:
-        """Report whatever is there and is not part of the cache."""
+    def check_strangers(self, missing: Collection[int]) -> None:
+        """Report whatever is there and is not part of the cache; ``missing`` shards have no commit."""
         uncommitted: set[int] = set()
         for name in _list_files(self.root):
             if name in self.expected:
                 continue
             parts = name.split("/")
             shard = layout.parse_shard(parts[1]) if parts[0] == layout.SHARDS and len(parts) > 1 else None
-            if shard is not None and shard in self.missing:
+            if shard is not None and shard in missing:
                 if shard not in uncommitted:
-                    self._report(_Place(file=layout.shard_name(shard), shard=shard), "has no commit record (a crash)")
+                    place = _Place(file=layout.shard_name(shard), shard=shard, kind="leftover")
+                    self._report(place, "has no commit record (a crash)")
                 uncommitted.add(shard)
+            elif parts[0] == layout.COMMITS and layout.parse_excluded(parts[-1]) in missing:
+                self._report(_Place(file=name, kind="leftover"), "marks a shard without a commit record (a crash)")
             elif any(layout.parse_temp(part) for part in parts):
-                self._report(_Place(file=name), "is a temporary of a writer that runs or has died")
+                place = _Place(file=name, kind="leftover")
+                self._report(place, "is a temporary of a writer that runs or has died")
             else:
-                self._report(_Place(file=name, shard=shard), "is not part of the cache")
+                self._report(_Place(file=name, shard=shard, kind="stranger"), "is not part of the cache")
 
     def _report(self, place: _Place, what: object) -> None:
+        cause = what.__cause__ if isinstance(what, CacheReadError) else what
+        is_refusal = isinstance(cause, OSError) and cause.errno not in _DAMAGE
         text = f"is missing ({what})" if isinstance(what, FileNotFoundError) else str(what)
         text = text.removeprefix(f"{self.root / place.file}: ")
-        self.problems.append(Problem(file=place.file, shard=place.shard, array=place.array, what=text))
+        kind = "unreadable" if is_refusal else place.kind
+        self.problems.append(Problem(file=place.file, shard=place.shard, array=place.array, what=text, kind=kind))
 
     def _count(self, place: _Place, num_bytes: int) -> None:
         self.expected.add(place.file)
@@ -258,6 +359,12 @@ def find_array_problems(
             data = _read_exactly(file.fileno(), buffer[: last - first], first)
             if (found := crc32c_hex(data)) != crc32c:
                 yield f"inner chunk {chunk} has crc32c {found}, expected {crc32c}"
+
+
+def _check_size(root: Path, name: str, num_bytes: int) -> None:
+    with os.fdopen(open_inside(root, name), "rb", buffering=0) as file:
+        if (size := os.fstat(file.fileno()).st_size) != num_bytes:
+            raise CacheCorruptError(f"has {size} bytes, expected {num_bytes}")
 
 
 def _read_exactly(fd: int, buffer: npt.NDArray[np.uint8], offset: int) -> npt.NDArray[np.uint8]:

@@ -36,9 +36,10 @@ class CacheWriter:
         self.path = self.plan.path
         self._num_excluded: dict[int, int] = {}
         directories = [self.path / layout.SHARDS, self.path / layout.COMMITS]
-        for directory in directories:
-            directory.mkdir(exist_ok=True)
-        remove_stale_temps([self.path, *directories])
+        with disk_errors(self.path):
+            for directory in directories:
+                directory.mkdir(exist_ok=True)
+            remove_stale_temps([self.path, *directories])
 
     def missing_shards(self) -> list[int]:
         """Planned shards without a commit, or with one whose shard is gone, ascending."""

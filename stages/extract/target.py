@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from stages.errors import StageError
 from stages.extract.settings import TargetSection
+from storage import CacheWriteError
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 CONFIG_KEYS_WITHOUT_MEANING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
@@ -314,4 +316,8 @@ def write_target(destination: Path, *, folder: Path, parts: TargetParts, tokeniz
     copies = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items() if tensor is not None
     }
-    save_file(copies, destination / "head.safetensors")
+    head = destination / "head.safetensors"
+    try:
+        save_file(copies, head)
+    except SafetensorError as error:  # also what the system refuses
+        raise CacheWriteError(f"{head}: cannot write: {error}; see to the disk and run extract again") from error
