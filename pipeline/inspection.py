@@ -13,7 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from storage import CacheError, CachePlan, CacheReader, CommitRecord, Sample, list_commits, read_commit
+from storage import (
+    CacheError,
+    CachePlan,
+    CacheReader,
+    CommitRecord,
+    LossyCommitRecord,
+    Sample,
+    list_commits,
+    read_commit,
+)
 
 SEED = 0
 MAX_NORM_SAMPLES = 64
@@ -75,11 +84,21 @@ class Exclusion:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TotalVariation:
+    """½·‖p_exact - p_decoded‖₁ of the target's distribution, at the positions that the looked-at commits recorded."""
+
+    num_positions: int
+    mean: float
+    p99: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inspection:
     """Everything that `dspark inspect` shows. Sizes in bytes.
 
     `num_committed_bytes` are the chunk files of committed shards, from their records; `is_estimated`: from
-    MAX_SIZED_SHARDS of them, by tokens. Lengths, masks and splits are of every planned sample.
+    MAX_SIZED_SHARDS of them, by tokens. `total_variation` is None where nothing is lost. Lengths, masks and splits are
+    of every planned sample.
     """
 
     path: str
@@ -98,6 +117,7 @@ class Inspection:
     num_committed_tokens: int
     num_committed_bytes: int
     is_estimated: bool
+    total_variation: TotalVariation | None
     lengths: Histogram
     length_quantiles: tuple[int, ...]
     supervised: Histogram
@@ -126,6 +146,7 @@ def inspect_cache(path: Path) -> Inspection:
     committed = sorted(commits & set(range(plan.num_shards)))
     num_committed_tokens = sum(plan.planned_shard(shard).num_tokens for shard in committed)
     num_counted, frequent = count_tokens(plan)
+    records = [_read_record(plan, shard, markers) for shard in _draw(committed, MAX_SIZED_SHARDS)]
     num_excluded, exclusions = list_exclusions(plan, sorted(markers & set(committed)))
     return Inspection(
         path=str(path),
@@ -142,8 +163,9 @@ def inspect_cache(path: Path) -> Inspection:
         payload_bytes_per_token=plan.header.token_bytes,
         plan_file_bytes=plan.plan_file_bytes(),
         num_committed_tokens=num_committed_tokens,
-        num_committed_bytes=size_shards(plan, committed, markers, num_tokens=num_committed_tokens),
+        num_committed_bytes=size_shards(records, num_tokens=num_committed_tokens),
         is_estimated=len(committed) > MAX_SIZED_SHARDS,
+        total_variation=sum_up_error(records),
         lengths=count_values(index.num_tokens),
         length_quantiles=tuple(np.quantile(index.num_tokens, [0, 0.25, 0.5, 0.75, 1]).astype(int).tolist()),
         supervised=count_values(index.num_supervised),
@@ -168,14 +190,18 @@ def _histogram(values: npt.NDArray[Any], edges: npt.NDArray[Any]) -> Histogram:
     return Histogram(edges=tuple(edges.tolist()), counts=tuple(counts.tolist()))
 
 
-def size_shards(plan: CachePlan, committed: Sequence[int], markers: set[int], *, num_tokens: int) -> int:
-    """Bytes of the chunk files of committed shards, which hold `num_tokens`; from a part of them where they are many.
-
-    Raises CacheError for a damaged record.
-    """
-    records = [_read_record(plan, shard, markers) for shard in _draw(committed, MAX_SIZED_SHARDS)]
+def size_shards(records: Sequence[CommitRecord], *, num_tokens: int) -> int:
+    """Bytes of the chunk files that hold `num_tokens`, from the records of all their shards or of a part of them."""
     num_bytes = sum(array.file_bytes for record in records for array in record.arrays.values())
     return num_bytes * num_tokens // max(sum(record.num_tokens for record in records), 1)
+
+
+def sum_up_error(records: Sequence[CommitRecord]) -> TotalVariation | None:
+    """What the lossy encoding of these shards costs; None for an exact one."""
+    values = [value for record in records if isinstance(record, LossyCommitRecord) for value in record.total_variation]
+    if not values:
+        return None
+    return TotalVariation(num_positions=len(values), mean=float(np.mean(values)), p99=float(np.quantile(values, 0.99)))
 
 
 def _read_record(plan: CachePlan, shard: int, markers: set[int]) -> CommitRecord:

@@ -207,6 +207,10 @@ def _cache_summary(found: Inspection) -> Table:
     if found.num_committed_tokens:
         on_disk += f", {found.num_committed_bytes / found.num_committed_tokens:,.0f} bytes a token with padding"
     table.add_row("states on disk", on_disk)
+    if found.total_variation is not None:
+        error = found.total_variation
+        shown = f"total variation {error.mean:.4f} in the mean, 99 % below {error.p99:.4f}"
+        table.add_row("lost by the encoding", f"{shown}, at {error.num_positions:,} positions")
     table.add_row("plan on disk", _bytes(found.plan_file_bytes))
     quantiles = "min {:,} | 25 % {:,} | median {:,} | 75 % {:,} | max {:,}".format(*found.length_quantiles)
     table.add_row("tokens a sample", quantiles)

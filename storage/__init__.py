@@ -1,6 +1,6 @@
 """The cache on disk: its plan, its writer, its reader, its verifier. FORMAT.md is the normative description."""
 
-from storage.commit import CommitRecord, list_commits, read_commit
+from storage.commit import CommitRecord, LossyCommitRecord, list_commits, read_commit
 from storage.encodings import ENCODINGS, bytes_per_token
 from storage.errors import (
     CacheBusyError,
@@ -47,6 +47,7 @@ __all__ = [
     "ENCODINGS",
     "RepairReport",
     "CommitRecord",
+    "LossyCommitRecord",
     "list_commits",
     "read_commit",
     "bytes_per_token",

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
 from pipeline import inspection
 from pipeline.cli import main
 from pipeline.config import to_toml
 from pipeline.inspection import Histogram, count_values, inspect_cache
-from storage import CachePlan, CacheWriter, verify_cache
+from pipeline.stage_one import settings_of
+from stages.extract.run import extract
+from storage import CachePlan, CacheReader, CacheWriter, verify_cache
 from storage_cache import LENGTHS, files_of, fill_cache, make_cache, make_header, make_samples, plan_cache, states_of
 from tiny_target import make_config
 
@@ -227,3 +230,27 @@ def test_a_bar_on_a_terminal_and_nothing_on_a_pipe(tmp_path: Path) -> None:
     on_pipe = dspark("verify", cache)
     assert on_pipe.stderr == ""
     assert "whole" in on_pipe.stdout
+
+
+def test_what_a_lossy_encoding_costs_is_measured_and_shown(tmp_path: Path) -> None:
+    """The commits' numbers are the total variation of what a reader gets, computed here without the project's code."""
+    exact = make_config(tmp_path, cache__path=tmp_path / "exact", target__dtype="float32", num_chats=60)
+    lossy = make_config(tmp_path, cache__path=tmp_path / "lossy", target__dtype="float32", cache__encoding="int8")
+    for config in (exact, lossy):
+        extract(settings_of(config))
+    found = inspect_cache(lossy.cache.path).total_variation
+    assert found is not None
+    assert inspect_cache(exact.cache.path).total_variation is None
+    head = load_file(exact.cache.path / "target" / "head.safetensors")["lm_head.weight"].float()
+    values = []
+    with CacheReader(exact.cache.path) as truth, CacheReader(lossy.cache.path) as decoded:
+        others = {sample.sample_id: sample for sample in decoded}  # smaller samples fill shards in another order
+        for one in truth:
+            other = others[one.sample_id]
+            before = one.loss_mask[1:].bool()  # the state before a supervised token
+            p, q = ((sample.last_hidden_states[:-1][before].float() @ head.T).softmax(-1) for sample in (one, other))
+            values += ((p - q).abs().sum(-1) / 2).tolist()
+    assert found.num_positions >= 32
+    assert found.mean == pytest.approx(np.mean(values), rel=0.3)  # of a sample of these positions
+    assert 0 < found.mean < found.p99 <= max(values) + 1e-6
+    assert "lost by the encoding" in CliRunner().invoke(main, ["inspect", str(lossy.cache.path)]).output

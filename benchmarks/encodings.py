@@ -1,0 +1,86 @@
+"""What each encoding costs on the embedded target's own states: bytes, time a core, error.
+
+bytes a token / bf16     files of the whole cache over raw bf16 states
+encode, decode           decoded bytes a second on one core, states already in memory; decode by reading samples
+total variation          of the target's distribution, exact against decoded, mean and 99th percentile
+"""
+
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from common import ROOT, embedded, seconds
+
+from pipeline.inspection import inspect_cache
+from pipeline.stage_one import settings_of
+from stages.extract import run as extraction
+from storage import ENCODINGS, CacheReader
+from storage.commit import plan_shard, read_commit
+from storage.shard_files import Access, open_arrays
+from storage.state_writer import StateWriter
+from storage.zarr_array import plan_arrays
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        base = embedded(Path(folder) / "bf16", "data.validation_fraction=0.0")
+        torch.set_num_threads(2)
+        extraction.extract(settings_of(base))
+        torch.set_num_threads(1)
+        with CacheReader(base.cache.path) as reader:
+            states = torch.cat([reader[index].hidden_states for index in range(512)])
+        print(f"one core, {states.nelement() * 2 / 1e6:.0f} MB of states")
+        print("encoding        bytes/token   / bf16   encode MB/s   decode MB/s   total variation mean, p99")
+        for name in ENCODINGS:
+            measure(name, states, Path(folder))
+
+
+def measure(name: str, states: torch.Tensor, folder: Path) -> None:
+    config = embedded(folder / name, "data.validation_fraction=0.0", f"cache.encoding='{name}'")
+    torch.set_num_threads(2)
+    plan = extraction.extract(settings_of(config)).plan
+    torch.set_num_threads(1)
+    files = sum(path.stat().st_size for path in (config.cache.path / "shards").rglob("*") if path.is_file())
+    num_tokens = plan.manifest.plan.num_tokens
+    raw = num_tokens * (len(plan.header.identity.layers) + 1) * plan.header.hidden_size * 2
+    num_bytes = states.nelement() * 2
+
+    def encode() -> None:
+        specs = plan_arrays(plan.header, len(states))
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:  # the disk is not what is measured
+            names = (specs[0].name, specs[0].name + "_scale")
+            writer = StateWriter(
+                Path(memory), tuple(spec for spec in specs if spec.name in names), encoding=plan.header.encoding
+            )
+            writer.append(states)
+            writer.finish()
+            for array in writer.arrays:
+                array.close()
+
+    shard = plan_shard(plan.path, plan.manifest, plan.index, 0)
+    record = read_commit(shard, has_marker=False)
+    hidden, last = open_arrays(shard, record, Access(mapped=True, check=True))
+    rows = [plan.index.token_offsets[row] for row in plan.index.shard_rows(0)]
+    ends = [*rows[1:], shard.num_tokens]
+
+    def decode() -> None:
+        for start, end in zip(rows, ends, strict=True):
+            hidden.read(int(start), int(end)).view(torch.uint8)[0, 0, 0].item()
+            last.read(int(start), int(end)).view(torch.uint8)[0, 0].item()
+
+    decode()
+    encoding = num_bytes / statistics.median(seconds(encode) for _ in range(3)) / 1e6
+    decoded = shard.num_tokens * raw // num_tokens
+    decoding = decoded / statistics.median(seconds(decode) for _ in range(3)) / 1e6
+    error = inspect_cache(config.cache.path).total_variation
+    shown = "" if error is None else f"{error.mean:.4f}, {error.p99:.4f} at {error.num_positions} positions"
+    print(
+        f"{name:14}{files / num_tokens:12,.0f}{files / raw:10.4f}{encoding:14,.0f}{decoding:14,.0f}   {shown}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
