@@ -23,9 +23,11 @@ def locked_shard(root: Path, shard: int) -> Iterator[None]:
             fd = os.open(root / layout.samples_name(shard), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise CacheBusyError(f"{root / layout.shard_name(shard)}: another process is writing this shard") from error
+            raise CacheBusyError(
+                f"{root / layout.shard_name(shard)}: another process is writing this shard; go on with the next"
+            ) from error
         except OSError:
-            pass  # a file system without locks
+            pass  # a file system without locks: there, only a writer's look at the commit before the rename is left
         yield
     finally:
         if fd >= 0:

@@ -7,7 +7,7 @@ and the next writer of that shard removes both. Any number of writers may work o
 that holds the lock on its samples file, and a writer that comes too late is told so by CacheBusyError.
 """
 
-import fcntl
+import contextlib
 import os
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Executor
@@ -20,6 +20,7 @@ from storage.commit import ArrayRecord, ExcludedSample, list_commits, read_commi
 from storage.errors import CacheBusyError, CacheUsageError
 from storage.faults import fault_point
 from storage.files import disk_errors, sync_directory, write_atomic, write_durable
+from storage.locks import locked_shard
 from storage.plan import CachePlan
 from storage.samples import digest_tokens
 from storage.shard_files import Access, open_states
@@ -75,8 +76,7 @@ class ShardWriter:
         self._commit = plan.path / layout.commit_name(shard)
         self._marker = plan.path / layout.excluded_name(shard)
         self._temp = temp_path(self._final)
-        self._lock_path = plan.path / layout.samples_name(shard)
-        self._lock_fd = -1
+        self._lock = contextlib.ExitStack()
         self._pool = pool
         self._is_finished = False
         self._states: list[StateWriter] = []
@@ -97,7 +97,7 @@ class ShardWriter:
     def open(self) -> "ShardWriter":
         """Take hold of the shard, until it is published or discarded. Raises CacheBusyError."""
         try:
-            self._lock()
+            self._lock.enter_context(locked_shard(self._planned.root, self._planned.shard))
             if self._commit.exists() and not self._final.is_dir():  # the shard itself is gone
                 self._commit.unlink()
                 sync_directory(self._commit.parent)
@@ -172,22 +172,7 @@ class ShardWriter:
         for array in self._arrays():
             array.close()
         remove_tree(self._temp)
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
-
-    def _lock(self) -> None:
-        """Keep other writers away until the process lets go or dies. The samples file is there and never changes."""
-        try:
-            # Open for writing, though nothing is written: NFS gives an exclusive lock on no other file.
-            self._lock_fd = os.open(self._lock_path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CacheBusyError(
-                f"{self._final}: another process is writing this shard; go on with the next"
-            ) from error
-        except OSError:
-            pass  # a file system without locks: there, only the look at the commit before the rename is left
+        self._lock.close()
 
     def _check_uncommitted(self) -> None:
         if self._commit.exists():
