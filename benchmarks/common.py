@@ -21,6 +21,13 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def core_seconds(action: Callable[[], object]) -> float:
+    """Processor time of this process: what a core needs for it, whatever else runs on the machine."""
+    started = time.process_time()
+    action()
+    return time.process_time() - started
+
+
 def ratio(baseline: list[float], measured: list[float]) -> str:
     """Median of the pairwise ratios, with their extremes: pairs were timed one after the other."""
     pairs = [first / second for first, second in zip(baseline, measured, strict=True)]

@@ -10,13 +10,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import ROOT, embedded, seconds
+from common import ROOT, core_seconds, embedded
 
 from pipeline.inspection import inspect_cache
 from pipeline.stage_one import settings_of
 from stages.extract import run as extraction
 from storage import ENCODINGS, CacheReader
 from storage.commit import plan_shard, read_commit
+from storage.encodings import INNER_TOKENS
 from storage.shard_files import Access, open_arrays
 from storage.state_writer import StateWriter
 from storage.zarr_array import plan_arrays
@@ -60,20 +61,19 @@ def measure(name: str, states: torch.Tensor, folder: Path) -> None:
                 array.close()
 
     shard = plan_shard(plan.path, plan.manifest, plan.index, 0)
-    record = read_commit(shard, has_marker=False)
-    hidden, last = open_arrays(shard, record, Access(mapped=True, check=True))
-    rows = [plan.index.token_offsets[row] for row in plan.index.shard_rows(0)]
-    ends = [*rows[1:], shard.num_tokens]
+    hidden, last = open_arrays(shard, read_commit(shard, has_marker=False), Access(mapped=True, check=True))
+    num_decoded = shard.num_tokens // INNER_TOKENS * INNER_TOKENS
 
     def decode() -> None:
-        for start, end in zip(rows, ends, strict=True):
-            hidden.read(int(start), int(end)).view(torch.uint8)[0, 0, 0].item()
-            last.read(int(start), int(end)).view(torch.uint8)[0, 0].item()
+        for start in range(0, num_decoded, 4 * INNER_TOKENS):
+            stop = min(start + 4 * INNER_TOKENS, num_decoded)
+            for read in (hidden.read(start, stop), last.read(start, stop)):
+                out[: read.numel()].copy_(read.flatten())  # a mapped state costs what touching it costs
 
+    out = torch.empty(4 * INNER_TOKENS * hidden.read(0, 1).numel(), dtype=plan.header.encoding.torch_dtype)
     decode()
-    encoding = num_bytes / statistics.median(seconds(encode) for _ in range(3)) / 1e6
-    decoded = shard.num_tokens * raw // num_tokens
-    decoding = decoded / statistics.median(seconds(decode) for _ in range(3)) / 1e6
+    encoding = num_bytes / statistics.median(core_seconds(encode) for _ in range(3)) / 1e6
+    decoding = num_decoded * (raw // num_tokens) / statistics.median(core_seconds(decode) for _ in range(3)) / 1e6
     error = inspect_cache(config.cache.path).total_variation
     shown = "" if error is None else f"{error.mean:.4f}, {error.p99:.4f} at {error.num_positions} positions"
     print(
