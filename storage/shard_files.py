@@ -7,7 +7,7 @@ chunk's crc32c is compared when its first row is asked for; a compressed one alw
 import mmap
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -164,7 +164,10 @@ class StoredArray:
             for chunk in chunks:
                 decode(chunk)
         else:
-            list(self._pool.map(decode, chunks))
+            decoding = [self._pool.submit(decode, chunk) for chunk in chunks]
+            wait(decoding)  # also where one has failed: no thread reads the file once the caller has the error
+            for done in decoding:
+                done.result()
         return out
 
     def _check(self, chunk: int, data: npt.NDArray[np.uint8]) -> None:
