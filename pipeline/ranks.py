@@ -50,13 +50,17 @@ def _keep(child: int, cache: Path) -> int:
         return 0
     rank = os.environ["RANK"]
     how = f"signal {-code}" if code < 0 else f"status {code}"
-    logger.error("rank %s ended with %s; the others go on and take over its shards", rank, how)
+    logger.error("rank %s ended with %s", rank, how)
+    if _count_missing(cache) is None:  # the others wait for a plan that this rank may have been to write
+        logger.error("rank %s: the cache is not planned; run the same command again", rank)
+        return 1
+    logger.warning("rank %s: the others go on and take over its shards", rank)
     _lock(keepers, fcntl.LOCK_EX)  # given once every other keeper has ended or given up
     missing = _count_missing(cache)
     if missing == 0:
         logger.warning("rank %s had ended early, and the others have completed the cache", rank)
         return 0
-    logger.error("rank %s: %s; run the same command again to finish", rank, _describe(missing))
+    logger.error("rank %s: %s shards are missing; run the same command again to finish", rank, missing)
     return 1
 
 
@@ -72,7 +76,3 @@ def _count_missing(cache: Path) -> int | None:
         return len(CacheWriter(cache).missing_shards())
     except (CacheError, OSError):
         return None
-
-
-def _describe(missing: int | None) -> str:
-    return "the cache is not planned" if missing is None else f"{missing} shards are missing"

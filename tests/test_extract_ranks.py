@@ -106,7 +106,8 @@ def test_two_ranks_share_a_cache_and_one_may_die(tmp_path: Path, undisturbed: Co
     finally:
         process.kill()
     text = log.read_text()
-    assert "rank 1 ended with signal 9; the others go on" in text
+    assert "rank 1 ended with signal 9" in text
+    assert "rank 1: the others go on and take over its shards" in text
     assert "rank 1 had ended early, and the others have completed the cache" in text
     found = files_of(config.cache.path)
     assert [name for name in found if ".tmp-" in name] or found == expected, "only a temporary of the dead may be left"
@@ -115,7 +116,9 @@ def test_two_ranks_share_a_cache_and_one_may_die(tmp_path: Path, undisturbed: Co
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_fails_the_whole_when_the_others_cannot_finish(tmp_path: Path, undisturbed: Config) -> None:
+def test_a_rank_that_fails_fails_the_whole_when_the_others_cannot_finish(
+    tmp_path: Path, undisturbed: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every rank dies at the same point; what is committed stays, and the same command finishes the job."""
     folder = undisturbed.cache.path.parent
     config = make_config(folder, cache__path=tmp_path / "cache")
@@ -123,18 +126,31 @@ def test_a_rank_that_fails_fails_the_whole_when_the_others_cannot_finish(tmp_pat
     for commit in list((config.cache.path / "commits").glob("*.json"))[1:]:
         commit.unlink()
     config_file = write_config(config, tmp_path / "ranks.toml")
-    os.environ["DSPARK_FAULT"] = "shard.written"
-    try:
-        process = torchrun(config_file, tmp_path / "log")
-        assert process.wait(timeout=120) != 0
-    finally:
-        del os.environ["DSPARK_FAULT"]
+    monkeypatch.setenv("DSPARK_FAULT", "shard.written")
+    process = torchrun(config_file, tmp_path / "log")
+    assert process.wait(timeout=120) != 0
+    monkeypatch.delenv("DSPARK_FAULT")
     text = (tmp_path / "log").read_text()
     assert re.search(r"rank [01]: [0-9]+ shards are missing; run the same command again to finish", text)
     assert len(list((config.cache.path / "commits").glob("*.json"))) == 1
     process = torchrun(config_file, tmp_path / "log")
     assert process.wait(timeout=120) == 0
     assert files_of(config.cache.path) == files_of(undisturbed.cache.path)
+
+
+@pytest.mark.slow
+def test_a_death_before_the_plan_ends_all_ranks(tmp_path: Path, undisturbed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank waits for the plan: nobody would write it."""
+    config = make_config(undisturbed.cache.path.parent, cache__path=tmp_path / "cache")
+    monkeypatch.setenv("DSPARK_FAULT", "plan.samples")
+    process = torchrun(write_config(config, tmp_path / "ranks.toml"), tmp_path / "log")
+    try:
+        assert process.wait(timeout=120) != 0
+    finally:
+        process.kill()
+    text = (tmp_path / "log").read_text()
+    assert "rank 0 ended with signal 9" in text
+    assert "rank 0: the cache is not planned; run the same command again" in text
 
 
 def test_parts_of_several_machines_merge_by_copying(

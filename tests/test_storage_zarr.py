@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import storage
 from storage import CachePlan, CacheReader, CacheUsageError, bytes_per_token, verify_cache
-from storage.codecs import dequantize, quantize
+from storage.codecs import dequantize, quantize, widen_e4m3
 from storage.encodings import BFLOAT16, ENCODINGS
 from storage.state_writer import StateWriter
 from storage.zarr_array import ArraySpec
@@ -153,6 +153,14 @@ def test_scales_are_rounded_up_so_that_nothing_is_clipped() -> None:
     zeros = quantize(torch.zeros(256, 3), scaling="chunk", dtype=torch.int8)
     assert not zeros[0].any()
     assert not zeros[1].any()
+
+
+def test_every_e4m3_is_widened_exactly() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    expected = codes.float()
+    finite = ~expected.isnan()
+    assert int(finite.sum()) == 254
+    assert torch.equal(widen_e4m3(codes)[finite], expected[finite])
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
