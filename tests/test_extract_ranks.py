@@ -139,7 +139,9 @@ def test_a_rank_that_fails_fails_the_whole_when_the_others_cannot_finish(
 
 
 @pytest.mark.slow
-def test_a_death_before_the_plan_ends_all_ranks(tmp_path: Path, undisturbed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_death_before_the_plan_ends_all_ranks(
+    tmp_path: Path, undisturbed: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other rank waits for the plan: nobody would write it."""
     config = make_config(undisturbed.cache.path.parent, cache__path=tmp_path / "cache")
     monkeypatch.setenv("DSPARK_FAULT", "plan.samples")
