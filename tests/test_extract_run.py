@@ -86,6 +86,13 @@ def test_the_cache_equals_a_fresh_forward_bit_for_bit(tmp_path: Path, encoding: 
     assert verify_cache(config.cache.path).ok
 
 
+def test_a_target_that_is_spread_by_a_device_map_gives_the_same_bytes(tmp_path: Path) -> None:
+    whole, spread = make_config(tmp_path), make_config(tmp_path, cache__path=tmp_path / "spread")
+    extract(whole)
+    extract(spread.model_copy(update={"target": spread.target.model_copy(update={"device_map": "auto"})}))
+    assert digest_tree(spread.cache.path) == digest_tree(whole.cache.path)
+
+
 def test_the_cached_head_gives_the_targets_logits(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     extract(config)
