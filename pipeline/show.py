@@ -61,10 +61,13 @@ def extraction(console: Console, result: ExtractResult) -> None:
     if not result.num_computed_shards:
         return
     rate = result.num_tokens / result.seconds
+    states = plan.measure_states()
+    size = f"{_bytes(states + plan.plan_file_bytes())} on disk"
+    if not result.num_missing_shards:
+        size = f"{states / plan.manifest.plan.num_tokens:,.0f} bytes a token, {size}"
     console.print(
         f"cache {plan.path}: {result.num_computed_shards} of {result.num_shards} shards computed, "
-        f"{result.num_tokens:,} tokens in {result.seconds:,.1f} s ({rate:,.0f} tokens/s), "
-        f"{plan.header.token_bytes:,} bytes a token, {_bytes(plan.bytes_on_disk() + plan.plan_file_bytes())} on disk",
+        f"{result.num_tokens:,} tokens in {result.seconds:,.1f} s ({rate:,.0f} tokens/s), {size}",
         markup=False,
     )
     if result.num_excluded:

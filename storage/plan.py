@@ -5,6 +5,7 @@ planned. ``CachePlan.read`` gives the plan back to whoever computes shards. Ever
 samples and the header, so the bytes of a cache do not depend on who computed which shard.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -90,6 +91,16 @@ class CachePlan:
         """
         wanted = range(self.num_shards) if shards is None else shards
         return sum(_shard_file_bytes(self.planned_shard(shard)) for shard in wanted)
+
+    def measure_states(self) -> int:
+        """Bytes that the chunk files of all shards have now: less than planned where compressed or missing."""
+        num_bytes = 0
+        for shard in range(self.num_shards):
+            folder = self.path / layout.shard_name(shard)
+            for spec in self.planned_shard(shard).arrays:
+                with contextlib.suppress(FileNotFoundError):
+                    num_bytes += (folder / spec.data_name).stat().st_size
+        return num_bytes
 
     def plan_file_bytes(self) -> int:
         """Size of the plan itself: manifest, index, samples and target files, in bytes."""
