@@ -15,6 +15,7 @@ from rich.console import Console
 from pipeline import show
 from pipeline.config import Config, ConfigError, load_config, to_toml
 from stages.extract.settings import CacheSection
+from stages.extract.share import ALONE, Share
 from storage import CacheError
 from storage.remote import is_remote
 
@@ -99,8 +100,9 @@ def extract(config: Path, overrides: tuple[str, ...], part: str | None) -> None:
     from pipeline import ranks
 
     settings = _load(config, overrides)
+    share = Share.of_torchrun() if part is None else Share.parse_part(part)
     ranks.leave_to_child(settings.cache.folder)
-    _extract(settings, part=part)
+    _extract(settings, share=share)
 
 
 def _parse_layers(_context: click.Context, _parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -299,11 +301,9 @@ def _write_json(file: Path, fields: dict[str, Any]) -> None:
         temp.unlink(missing_ok=True)
 
 
-def _extract(settings: Config, *, part: str | None = None) -> None:
+def _extract(settings: Config, *, share: Share = ALONE) -> None:
     from pipeline import stage_one
-    from stages.extract.share import Share
 
-    share = Share.of_torchrun() if part is None else Share.parse_part(part)
     result = stage_one.extract(
         settings, show_price=lambda price, counts: show.price(console, price, counts), share=share
     )

@@ -23,6 +23,12 @@ _BLOSC_HEADER = struct.Struct("<BBBBIII")  # version, version of the codec, flag
 
 _LARGEST = {"chunk": 127.0, "token": 448.0}  # of int8, kept symmetric, and of float8_e4m3fn
 
+# Rounded down to a bfloat16, so that the largest decoded state is finite.
+_LARGEST_SCALE = {
+    name: float((torch.tensor(torch.finfo(torch.bfloat16).max / value).view(torch.int32) & ~0xFFFF).view(torch.float32))
+    for name, value in _LARGEST.items()
+}
+
 
 def blosc_metadata(itemsize: int) -> dict[str, object]:
     """The codec as ``zarr.json`` names it."""
@@ -58,11 +64,12 @@ def decompress(source: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8]) -> Non
 def quantize(rows: torch.Tensor, *, scaling: Scaling, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """A chunk [R, ..., D] as ``dtype`` and its bf16 scales, [1, ..., D] or [R, ...]; not finite values become 0.
 
-    A scale is the largest magnitude it serves over the largest value of ``dtype``, rounded up, so nothing is clipped.
+    A scale is the largest magnitude it serves over the largest value of ``dtype``, rounded up, so nothing
+    is clipped but what is within a rounding of the largest bfloat16.
     """
     values = torch.nan_to_num(rows.float(), nan=0.0, posinf=0.0, neginf=0.0)
     axis = 0 if scaling == "chunk" else -1
-    scales = _round_up(values.abs().amax(axis, keepdim=True) / _LARGEST[scaling])
+    scales = _round_up(values.abs().amax(axis, keepdim=True) / _LARGEST[scaling]).clamp_(max=_LARGEST_SCALE[scaling])
     values /= torch.where(scales > 0, scales, 1.0)
     if dtype == torch.int8:
         values.round_()

@@ -1,7 +1,11 @@
 """Many rows in several processes: the same samples and counts as in one, and a death that is told."""
 
+import fcntl
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,31 @@ def test_errors_come_out_as_themselves_and_in_their_place() -> None:
 def test_a_killed_process_is_an_error_and_no_hang() -> None:
     with pytest.raises(WorkerError, match="was killed"):
         list(map_ordered(die, range(9000), num_processes=2))
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """What they inherited is let go of: the lock of a plan, for one."""
+    lock = tmp_path / "lock"
+    code = (
+        "import fcntl, os, sys, time; from stages.extract.ordered import map_ordered\n"
+        "fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT); fcntl.flock(fd, fcntl.LOCK_EX)\n"
+        "for item in map_ordered(abs, iter(range(10**9)), num_processes=2):\n"
+        "    if item == 5000: print('working', flush=True)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, env=environment)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"working\n"
+        process.kill()
+    with lock.open("r+") as file:
+        for _ in range(100):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.1)
+    pytest.fail("a process lives on and holds the lock")
 
 
 def test_samples_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

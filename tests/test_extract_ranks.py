@@ -42,6 +42,20 @@ def test_part_is_checked() -> None:
             Share.parse_part(part)
 
 
+def test_ranks_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "")
+    assert Share.of_torchrun() == Share()
+    for rank, world in (("1", ""), ("2", "2"), ("x", "2"), ("-1", "2")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(SettingError, match="expected 0 <= RANK < WORLD_SIZE"):
+            Share.of_torchrun()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingError, match="without torchrun"):
+        Share.parse_part("1/2")
+
+
 def write_config(config: Config, file: Path) -> Path:
     file.write_text(to_toml(config))
     return file

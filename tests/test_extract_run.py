@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +31,7 @@ from storage import (
     CachePlan,
     CacheReader,
     CacheSpaceError,
+    ShardWriter,
     plan_batches,
     verify_cache,
 )
@@ -235,6 +237,63 @@ def test_too_many_bad_rows_stop_the_run_with_places(tmp_path: Path) -> None:
         extract(config)
     assert "no column messages" in str(error.value)
     assert not (config.cache.path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": "a", "tool_calls": 5},
+        {"role": "assistant", "content": "a", "tool_calls": [{"function": "get"}]},
+        {"role": "assistant", "content": "a", "tool_calls": [{"function": None}]},
+        {"role": "assistant", "content": "a", "tool_calls": [None]},
+    ],
+)
+def test_malformed_tool_calls_are_bad_rows(tmp_path: Path, message: dict[str, Any]) -> None:
+    config = make_config(tmp_path, data__max_bad_fraction=0.5)
+    rows = [*make_chats(5), {"messages": [{"role": "user", "content": "q"}, message]}]
+    write_jsonl(Path(config.data.files[0]), rows)
+    dropped = extract(config).plan.manifest.plan.dropped
+    assert [count for reason, count in dropped.items() if reason.startswith("bad row: ") and "tool" in reason] == [1]
+
+
+def test_a_surrogate_anywhere_is_a_bad_row(tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.name }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant \n{% endif %}"
+    )
+    config = make_config(tmp_path, data__max_bad_fraction=0.5, data__chat_template=template)
+    chats = make_chats(5)
+    chats[2]["messages"][0]["name"] = "\ud800"
+    write_jsonl(Path(config.data.files[0]), chats)
+    dropped = extract(config).plan.manifest.plan.dropped
+    assert dropped["bad row: chat template: the text has an unpaired surrogate"] == 1
+
+
+def test_an_error_stops_the_other_steps_within_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who leaves the pipeline does not wait for what is begun to be finished."""
+    config = make_config(tmp_path, num_chats=240, extract__max_batch_tokens=256)
+    original = Capture.launch
+    launched = []
+
+    def launch(self: Capture, padded: PaddedBatch) -> CapturedBatch:
+        launched.append(1)
+        time.sleep(0.02)
+        return original(self, padded)
+
+    monkeypatch.setattr(Capture, "launch", launch)
+    plan = extract(config).plan
+    assert plan.num_shards > 2
+    for commit in (config.cache.path / "commits").glob("*.json"):
+        commit.unlink()
+    in_all = len(launched)
+    launched.clear()
+    monkeypatch.setattr(ShardWriter, "publish", lambda _self: pytest.fail("the disk is gone"))
+    with pytest.raises(pytest.fail.Exception, match="the disk is gone"):
+        extract(config)
+    assert len(launched) < in_all * 2 / plan.num_shards + 20
+    assert not [thread for thread in threading.enumerate() if thread.name in ("prepare", "compute", "write")]
+    assert not list((config.cache.path / "shards").glob(".tmp*"))
 
 
 def test_nothing_left_to_train_on(tmp_path: Path) -> None:

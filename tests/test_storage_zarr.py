@@ -155,6 +155,18 @@ def test_scales_are_rounded_up_so_that_nothing_is_clipped() -> None:
     assert not zeros[1].any()
 
 
+@pytest.mark.parametrize("encoding", LOSSY)
+def test_the_largest_states_stay_finite(encoding: str) -> None:
+    parsed = ENCODINGS[encoding]
+    states = torch.full((256, 4), torch.finfo(torch.bfloat16).max)
+    states[:, 1] *= -1
+    states[::2, 2] = 3.38e38
+    values, scales = quantize(states, scaling=parsed.scaling, dtype=parsed.element.torch_dtype)
+    decoded = dequantize(values, scales, scaling=parsed.scaling, start=0, dtype=torch.bfloat16)
+    assert bool(decoded.isfinite().all())
+    assert torch.allclose(decoded.float() / 3.38e38, states / 3.38e38, rtol=0.04)
+
+
 def test_every_e4m3_is_widened_exactly() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     expected = codes.float()

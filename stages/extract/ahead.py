@@ -21,18 +21,22 @@ class _Ended:
     error: BaseException | None
 
 
+class _Stopped(BaseException):
+    """Unwinds a step that takes items while the whole pipeline is being left."""
+
+
 @contextmanager
 def ahead(
-    source: Generator[Item, None, None], *, max_alive: int, name: str
+    source: Generator[Item, None, None], *, max_alive: int, stopped: threading.Event
 ) -> Generator[Generator[Item, None, None], None, None]:
     """The items of `source`, made by a thread; on leaving, the thread has ended and `source` is closed.
 
-    At most `max_alive` items exist at a time, the one being made and the one being used included. An error of `source`
-    is raised where its next item would have come.
+    `stopped` is shared by the steps of a pipeline: once it is set, each ends with the item that it is at. At most
+    `max_alive` items exist at a time, the one being made and the one being used included. An error of `source` is
+    raised where its next item would have come.
     """
     items: queue.SimpleQueue[Item | _Ended] = queue.SimpleQueue()
     room = threading.Semaphore(max_alive)
-    stopped = threading.Event()
 
     def produce() -> None:
         error: BaseException | None = None
@@ -49,13 +53,15 @@ def ahead(
 
     def consume() -> Generator[Item, None, None]:
         while not isinstance(item := items.get(), _Ended):
+            if stopped.is_set():
+                raise _Stopped
             yield item
             del item  # it must not be alive while the next one is waited for
             room.release()
         if item.error is not None:
             raise item.error
 
-    thread = threading.Thread(target=produce, name=name, daemon=True)
+    thread = threading.Thread(target=produce, name=getattr(source, "__name__", None), daemon=True)
     thread.start()
     try:
         yield consume()

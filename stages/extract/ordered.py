@@ -2,6 +2,8 @@
 
 import os
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,6 +19,7 @@ Result = TypeVar("Result")
 
 CHUNK_ITEMS = 128  # sent to a process at a time
 CHUNKS_A_PROCESS = 3  # in flight: one at work, two waiting
+PARENT_POLL_SECONDS = 0.2
 MIN_ITEMS = 4096  # fewer are done in a second or two, which is not worth the processes
 # Forked children need no import of ours and no copy of the tokenizer; they run nothing of torch.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
@@ -42,7 +45,9 @@ def map_ordered(
         yield from map(work, chain(head, source))
         return
     waiting: deque[Future[list[Any]]] = deque()
-    with ProcessPoolExecutor(count, get_context(START_METHOD), initializer=_keep_work, initargs=(work,)) as pool:
+    with ProcessPoolExecutor(
+        count, get_context(START_METHOD), initializer=_keep_work, initargs=(work, os.getpid())
+    ) as pool:
         try:
             for chunk in _chunks(chain(head, source)):
                 waiting.append(pool.submit(_do_chunk, chunk))
@@ -63,9 +68,17 @@ def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
         yield chunk
 
 
-def _keep_work(work: Callable[[Any], Any]) -> None:
+def _keep_work(work: Callable[[Any], Any], parent: int) -> None:
     global _work  # noqa: PLW0603
     _work = work
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent was killed: it would wait for ever, and keep what it inherited locked."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_SECONDS)
+    os._exit(1)
 
 
 def _do_chunk(chunk: list[Any]) -> list[Any]:

@@ -46,6 +46,13 @@ def expand_files(patterns: Iterable[str]) -> list[str]:
         if not found:
             raise DataError(f"data.files: nothing matches {pattern!r}; give a file, a glob or an fsspec address")
         files.extend(found)
+    for file in files:
+        try:
+            file.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"data.files: the name {file!r} is not UTF-8, and the cache records it; rename it"
+            ) from error
     twice = sorted({file for file in files if files.count(file) > 1})
     if twice:
         raise DataError(f"data.files: named more than once: {', '.join(twice)}; every file is read once")

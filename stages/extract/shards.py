@@ -10,7 +10,9 @@ states, or two batches where these are larger.
 """
 
 import logging
+import math
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -70,14 +72,16 @@ def compute_shards(
     plan = writer.plan
     batch_bytes = extract.max_batch_tokens * plan.header.token_bytes
     max_alive = min(max(2 * plan.manifest.identity.shard_bytes // batch_bytes, 2), MAX_BATCHES_ALIVE)
+    stopped = threading.Event()
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="encode"))
         steps = _Steps(writer, compute=compute, head_VD=head_VD, extract=extract, pool=pool)
         steps.check_quarantine()
         stack.callback(steps.discard)  # whatever is open when an error comes
-        prepared = stack.enter_context(ahead(steps.prepare(shards), max_alive=max_alive, name="prepare"))
-        captured = stack.enter_context(ahead(steps.compute(prepared), max_alive=max_alive, name="compute"))
-        written = stack.enter_context(ahead(steps.write(captured), max_alive=2, name="write"))
+        prepared = stack.enter_context(ahead(steps.prepare(shards), max_alive=max_alive, stopped=stopped))
+        captured = stack.enter_context(ahead(steps.compute(prepared), max_alive=max_alive, stopped=stopped))
+        written = stack.enter_context(ahead(steps.write(captured), max_alive=2, stopped=stopped))
+        stack.callback(stopped.set)  # called first: no step goes on to the end of its shard
         for shard in written:
             yield steps.publish(shard)
 
@@ -177,9 +181,11 @@ class _Steps:
             return
         exact_PD, decoded_PD = torch.cat(shard.exact_rows), shard.writer.read_last(shard.measured_rows)
         finite = exact_PD.isfinite().all(-1)
-        shard.writer.record_total_variation(
-            total_variation(exact_PD[finite], decoded_PD[finite], head_VD=self._head_VD, header=self._plan.header)
+        measured = total_variation(
+            exact_PD[finite], decoded_PD[finite], head_VD=self._head_VD, header=self._plan.header
         )
+        # States near the largest number make logits that are not finite, of which nothing can be said.
+        shard.writer.record_total_variation(value for value in measured if math.isfinite(value))
 
 
 class Progress:

@@ -18,12 +18,21 @@ class Share:
 
     @classmethod
     def of_torchrun(cls) -> Self:
-        """What torchrun says in the environment; the only rank where it does not."""
-        return cls(rank=int(os.environ.get("RANK", "0")), world=int(os.environ.get("WORLD_SIZE", "1")))
+        """What torchrun says in the environment; the only rank where it does not. Raises SettingError."""
+        rank, world = (os.environ.get(name) or default for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+            raise SettingError(
+                f"RANK = {rank!r} and WORLD_SIZE = {world!r} in the environment: expected 0 <= RANK < WORLD_SIZE"
+            )
+        return cls(rank=int(rank), world=int(world))
 
     @classmethod
     def parse_part(cls, part: str) -> Self:
         """`2/4`: the second of four machines that have a folder of their own each. Raises SettingError."""
+        if cls.of_torchrun().world > 1:
+            raise SettingError(
+                "--part: is for machines that share no folder, without torchrun; its ranks share the work"
+            )
         match = re.fullmatch(r"([0-9]+)/([0-9]+)", part)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
             raise SettingError(f"--part: expected I/N with 1 <= I <= N, for example 2/4, got {part!r}")

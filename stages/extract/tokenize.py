@@ -52,11 +52,15 @@ class SampleTokenizer:
 
     def _check_tool_calls(self, row: Chat) -> None:
         """A template that ignores tool calls would teach the draft to answer nothing instead."""
-        calls = [call for message in row.messages for call in message.get("tool_calls", ())]
+        lists = [message.get("tool_calls") or [] for message in row.messages]
+        if not all(isinstance(calls, list) for calls in lists):
+            raise BadRowError("tool_calls that are no list")
+        calls = [call for calls in lists for call in calls]
         results = [message["content"].strip() for message in row.messages if message["role"] == "tool"]
         if calls or results:
             text = self._render(row.messages, row, tokenize=False)
-            names = [call.get("function", call).get("name") for call in calls if isinstance(call, dict)]
+            functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
+            names = [function.get("name") for function in functions if isinstance(function, dict)]
             if len(names) < len(calls) or not all(isinstance(name, str) and name in text for name in names):
                 raise BadRowError("tool calls that the chat template does not render")
             if not all(_is_rendered(result, text) for result in results):
@@ -89,6 +93,10 @@ class SampleTokenizer:
 
     def _mask_by_offsets(self, row: Chat) -> Tokens:
         text = self._render(row.messages, row, tokenize=False)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadRowError("chat template: the text has an unpaired surrogate") from error
         spans = self._find_spans(row, text)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = np.asarray(encoded["input_ids"], dtype=np.int32)
