@@ -83,6 +83,7 @@ def test_the_corpus_is_a_function_of_the_interpreter() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute or two where nothing else runs
 def test_a_draft_of_the_embedded_target_learns(tmp_path: Path) -> None:
     """A short version of `make train`, on a part of the conversations."""
     part = tmp_path / "part.jsonl"
