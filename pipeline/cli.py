@@ -212,7 +212,7 @@ def inspect(config: Path | str, overrides: tuple[str, ...], as_json: bool) -> No
 
     section = _cache_section(config, overrides)
     if not isinstance(section.path, Path):
-        show.remote_cache(console, open_reader(section))
+        show.remote_cache(console, open_reader(section, partial=True))
         return
     found = inspect_cache(section.path)
     if as_json:

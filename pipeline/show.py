@@ -19,7 +19,7 @@ from stages.evaluate.cached import CacheEvaluation
 from stages.extract.price import Price
 from stages.extract.run import ExtractResult
 from stages.extract.samples import SampleCounts
-from storage import CacheReader, RepairReport, TransferResult, VerifyReport
+from storage import ENCODINGS, CacheReader, RepairReport, TransferResult, VerifyReport
 
 _LEFT: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
 
@@ -32,7 +32,10 @@ def price(console: Console, price: Price, counts: SampleCounts) -> None:
     table.add_row("layers", f"{', '.join(map(str, price.layers))} and the last state")
     table.add_row("tokens a sample", f"{price.max_length:,} at most")
     table.add_row("bytes a token", f"{price.bytes_per_token:,}")
-    table.add_row("total", _bytes(price.num_bytes))
+    table.add_row("states", _bytes(price.num_bytes))
+    table.add_row(
+        "beside them", f"at most {_bytes(price.num_overhead_bytes)}: padding of shards, tokens, the target's head"
+    )
     table.add_row("free disk", _bytes(price.num_free_bytes) + ("" if price.fits else "  [red]does not fit[/red]"))
     if price.hours:  # an import computes none
         table.add_row("forward passes", f"about {_hours(price.hours)} on this machine's {price.device}")
@@ -64,7 +67,7 @@ def extraction(console: Console, result: ExtractResult) -> None:
     states = plan.measure_states()
     size = f"{_bytes(states + plan.plan_file_bytes())} on disk"
     if not result.num_missing_shards:
-        size = f"{states / plan.manifest.plan.num_tokens:,.0f} bytes a token, {size}"
+        size = f"{states / plan.manifest.plan.num_tokens:,.0f} bytes a token of states, with the plan {size}"
     console.print(
         f"cache {plan.path}: {result.num_computed_shards} of {result.num_shards} shards computed, "
         f"{result.num_tokens:,} tokens in {result.seconds:,.1f} s ({rate:,.0f} tokens/s), {size}",
@@ -133,6 +136,8 @@ def repair_report(console: Console, repair: RepairReport) -> None:
         console.print(f"removed {printable(name)}", markup=False)
     if repair.busy_shards:
         console.print(f"left alone, a writer holds them: shards {_some(repair.busy_shards)}", markup=False)
+    if repair.removed and not repair.dropped_shards:
+        console.print("run extract again to compute what is missing")
     if repair.dropped_shards:
         console.print(f"dropped shards {_some(repair.dropped_shards)}; run extract again to compute them", markup=False)
     if repair == RepairReport(dropped_shards=(), busy_shards=(), removed=()):
@@ -203,8 +208,10 @@ def _cache_summary(found: Inspection) -> Table:
     for split, counts in found.splits.items():
         table.add_row(f"split {split}", f"{counts['num_samples']:,} samples, {counts['num_tokens']:,} tokens")
     table.add_row("tokens", f"{found.num_tokens:,}, {found.num_supervised / found.num_tokens:.1%} supervised")
+    is_compressed = ENCODINGS[found.identity["encoding"]].compressed
     table.add_row(
-        "states when complete", f"{_bytes(found.payload_bytes)}, {found.payload_bytes_per_token:,} bytes a token"
+        "states uncompressed" if is_compressed else "states when complete",
+        f"{_bytes(found.payload_bytes)}, {found.payload_bytes_per_token:,} bytes a token",
     )
     on_disk = ("about " if found.is_estimated else "") + _bytes(found.num_committed_bytes)
     if found.num_committed_tokens:

@@ -49,8 +49,8 @@ def open_cache(config: Config, *, layers: tuple[int, ...] | None) -> CacheReader
     return open_reader(cache, layers=layers)
 
 
-def open_reader(cache: CacheSection, *, layers: tuple[int, ...] | None = None) -> CacheReader:
-    """The cache of the section, whatever it was made from."""
+def open_reader(cache: CacheSection, *, layers: tuple[int, ...] | None = None, partial: bool = False) -> CacheReader:
+    """The cache of the section, whatever it was made from; `partial`: also an incomplete one."""
     return CacheReader(
         cache.path,
         layers=layers,
@@ -58,6 +58,7 @@ def open_reader(cache: CacheSection, *, layers: tuple[int, ...] | None = None) -
         checks=cache.checks,
         staging=cache.staging,
         staging_bytes=cache.staging_bytes,
+        partial=partial,
     )
 
 
@@ -68,7 +69,15 @@ def is_imported(config: Config) -> bool:
 
 
 def wanted_identity(config: Config, *, cached: CacheIdentity) -> CacheIdentity:
-    """What the config says that the cache should be; fields that cannot be told here are taken from `cached`."""
+    """What the config says that the cache should be; fields that cannot be told here are taken from `cached`.
+
+    So is `shard_bytes`: how samples are spread over shards means nothing to a reader.
+    """
+    wanted = _wanted_identity(config, cached=cached)
+    return wanted.model_copy(update={"shard_bytes": cached.shard_bytes})
+
+
+def _wanted_identity(config: Config, *, cached: CacheIdentity) -> CacheIdentity:
     settings = settings_of(config)
     known: dict[str, Any] = configured_identity(settings) | {"dtype": config.target.dtype}
     if config.cache.layers is not None:

@@ -1,7 +1,7 @@
 """The cache on disk: its plan, its writer, its reader, its verifier. FORMAT.md is the normative description."""
 
 from storage.commit import CommitRecord, LossyCommitRecord, list_commits, read_commit
-from storage.encodings import ENCODINGS, bytes_per_token
+from storage.encodings import ENCODINGS, INNER_TOKENS, bytes_per_token
 from storage.errors import (
     CacheBusyError,
     CacheCorruptError,
@@ -45,6 +45,7 @@ __all__ = [
     "VerifyReport",
     "Problem",
     "ENCODINGS",
+    "INNER_TOKENS",
     "RepairReport",
     "CommitRecord",
     "LossyCommitRecord",

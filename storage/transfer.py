@@ -29,7 +29,7 @@ from storage.errors import (
 from storage.faults import fault_point
 from storage.fetch import fetch_commit, fetch_manifest, fetch_recorded, fetch_shard, shard_bytes
 from storage.files import read_inside, sync_directory
-from storage.manifest import Manifest, check_identity
+from storage.manifest import Manifest
 from storage.plan import CachePlan, check_recorded
 from storage.plan_files import copy_plan
 from storage.remote import RemoteStore, is_remote
@@ -154,7 +154,10 @@ def _push_plan(plan: CachePlan, store: RemoteStore) -> None:
 
 def _check_same_plan(found: Manifest, wanted: Manifest, *, where: str) -> None:
     """Refuse to mix two caches."""
-    check_identity(found.identity, wanted.identity, where=where)
+    differences = found.identity.differences(wanted.identity)
+    if differences:
+        lines = "".join(f"\n  {line}" for line in differences)
+        raise CacheIdentityError(f"{where}: holds a cache that was made from other inputs:{lines}\nName another place.")
     if found.plan_digest != wanted.plan_digest:
         raise CacheIdentityError(
             f"{where}: holds a cache of the same identity, but of other tokens (plan {found.plan_digest[:12]}, to be "

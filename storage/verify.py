@@ -298,6 +298,7 @@ class _Check:
     def check_strangers(self, missing: Collection[int]) -> None:
         """Report whatever is there and is not part of the cache; ``missing`` shards have no commit."""
         uncommitted: set[int] = set()
+        temps: set[str] = set()
         for name in _list_files(self.root):
             if name in self.expected:
                 continue
@@ -310,9 +311,12 @@ class _Check:
                 uncommitted.add(shard)
             elif parts[0] == layout.COMMITS and layout.parse_excluded(parts[-1]) in missing:
                 self._report(_Place(file=name, kind="leftover"), "marks a shard without a commit record (a crash)")
-            elif any(layout.parse_temp(part) for part in parts):
-                place = _Place(file=name, kind="leftover")
-                self._report(place, "is a temporary of a writer that runs or has died")
+            elif depth := next((depth for depth, part in enumerate(parts, 1) if layout.parse_temp(part)), 0):
+                temp = "/".join(parts[:depth])  # a directory is told once, not each file in it
+                if temp not in temps:
+                    what = "is a temporary of a writer that runs or has died"
+                    self._report(_Place(file=temp, kind="leftover"), what)
+                temps.add(temp)
             else:
                 self._report(_Place(file=name, shard=shard, kind="stranger"), "is not part of the cache")
 

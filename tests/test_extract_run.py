@@ -451,5 +451,7 @@ def test_the_estimate_is_what_extraction_then_writes(tmp_path: Path) -> None:
         plan.payload_bytes,
     )
     assert price.bytes_per_token == (3 + 1) * 32 * 2
+    on_disk = sum(file.stat().st_size for file in config.cache.path.rglob("*") if file.is_file())
+    assert price.num_bytes < on_disk <= price.num_bytes + price.num_overhead_bytes
     assert price.hours > 0
     assert counts.num_rows == 24

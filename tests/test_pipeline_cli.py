@@ -65,6 +65,14 @@ def test_the_whole_way(config_file: Path) -> None:
     assert "tokens a sample" in dspark("inspect", folder / "cache").output
 
 
+def test_training_takes_a_cache_of_any_shard_size(config_file: Path) -> None:
+    dspark("train", "--extract", config_file)
+    run = config_file.parent / "other-shards"
+    dspark("train", config_file, "--set", "cache.shard_bytes=2000000", "--set", f"train.run_dir='{run}'")
+    refused = dspark("extract", config_file, "--set", "cache.shard_bytes=2000000", ok=False).output
+    assert "shard_bytes: cache has 1000000, this run has 2000000" in refused
+
+
 def test_verify_names_the_damage_and_fails(config_file: Path, tmp_path: Path) -> None:
     folder = config_file.parent
     overrides = ["--set", f"cache.path='{tmp_path / 'cache'}'"]

@@ -147,3 +147,14 @@ def test_leftovers_of_the_dead_go_and_a_busy_shard_stays(cache: Path) -> None:
         assert any(path.name.startswith(".tmp-") for path in (cache / "shards").iterdir()), "a living writer's stays"
     fill_cache(cache, exclude=EXCLUDED)
     assert files_of(cache) == before
+
+
+def test_a_temporary_directory_is_told_once(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c")
+    temp = temp_path(cache / "shards/00001.zarr")
+    for name in ("zarr.json", "hidden_states/zarr.json", "hidden_states/c/0/0/0"):
+        (temp / name).parent.mkdir(parents=True, exist_ok=True)
+        (temp / name).write_bytes(b"x")
+    (problem,) = verify_cache(cache).problems
+    assert problem.file == f"shards/{temp.name}"
+    assert problem.kind == "leftover"

@@ -120,7 +120,7 @@ def _write_plan(
         price = replace(make_price(inputs, settings, counts=counts), hours=0.0)
         if show_price is not None:
             show_price(price, counts)
-        check_space(settings.cache.folder, needed=price.num_bytes)
+        check_space(settings.cache.folder, needed=price.num_bytes + price.num_overhead_bytes)
         _self_check(source, first, inputs=inputs, parts=load())
         targets.write_target(destination, folder=inputs.folder, parts=load(), tokenizer=inputs.tokenizer)
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from storage import ENCODINGS, CacheHeader
+from storage import ENCODINGS, INNER_TOKENS, CacheHeader
 
 ASSUMED_UTILISATION = 0.4  # assumption: share of the device's matrix rate that a forward pass reaches
 RATE_SECONDS = 0.3  # how long the matrix rate is measured
 COMPRESSED_SHARE = 0.70  # of bf16 states, measured: 0.66 to 0.70; what a cache really takes is known when it is there
+SHARD_FILE_BYTES = 16_384  # metadata, commit and samples file of a shard without its rows: 4 to 10 KB measured
+SAMPLE_ROW_BYTES = 512  # index, source file and row of a sample, before compression (assumption: names of 400 bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +28,18 @@ class Tier:
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """Samples, tokens, bytes and hours of one extraction. `num_free_bytes` is of the disk under the cache."""
+    """Samples, tokens, bytes and hours of one extraction.
+
+    `num_bytes` are the states, `num_overhead_bytes` an upper bound of the rest (see `bound_overhead`), `num_free_bytes`
+    those of the disk under the cache.
+    """
 
     num_samples: int
     num_tokens: int
     num_supervised: int
     bytes_per_token: int
     num_bytes: int
+    num_overhead_bytes: int
     num_free_bytes: int
     num_forward_parameters: int
     hours: float
@@ -44,12 +51,24 @@ class Price:
 
     @property
     def fits(self) -> bool:
-        return self.num_bytes <= self.num_free_bytes
+        return self.num_bytes + self.num_overhead_bytes <= self.num_free_bytes
 
 
 def expected_bytes(num_bytes: int, header: CacheHeader) -> int:
     """What `num_bytes` of planned payload will take on disk: less where the encoding compresses them."""
     return int(num_bytes * COMPRESSED_SHARE) if header.encoding.compressed else num_bytes
+
+
+def bound_overhead(header: CacheHeader, *, num_samples: int, num_tokens: int) -> int:
+    """What a cache takes beside its states, in bytes, at most.
+
+    A shard's last inner chunk is padded to 256 tokens, and two neighbouring shards hold more than `shard_bytes`
+    together; the plan has 5 bytes a token and a row a sample; target/ has embedding and head, at most 4 bytes a value.
+    """
+    states = num_tokens * header.token_bytes
+    num_shards = min(2 * states // header.identity.shard_bytes + 1, num_samples)
+    padding = num_shards * (INNER_TOKENS * header.token_bytes + SHARD_FILE_BYTES)
+    return padding + 5 * num_tokens + SAMPLE_ROW_BYTES * num_samples + 2 * 4 * header.vocab_size * header.hidden_size
 
 
 def price_tiers(header: CacheHeader, *, num_tokens: int) -> tuple[Tier, ...]:

@@ -17,6 +17,7 @@ from stages.extract import target as targets
 from stages.extract.capture import Capture, pad_batch
 from stages.extract.price import (
     Price,
+    bound_overhead,
     count_forward_parameters,
     estimate_hours,
     expected_bytes,
@@ -190,6 +191,7 @@ def make_price(inputs: Inputs, settings: Settings, *, counts: SampleCounts) -> P
         num_supervised=counts.num_supervised,
         bytes_per_token=expected_bytes(inputs.header.token_bytes, inputs.header),
         num_bytes=expected_bytes(counts.num_tokens * inputs.header.token_bytes, inputs.header),
+        num_overhead_bytes=bound_overhead(inputs.header, num_samples=counts.num_samples, num_tokens=counts.num_tokens),
         num_free_bytes=free_bytes(settings.cache.folder),
         encoding=inputs.header.identity.encoding,
         tiers=price_tiers(inputs.header, num_tokens=counts.num_tokens),
@@ -325,7 +327,7 @@ def _write_plan(
         price = make_price(inputs, settings, counts=counts)
         if show_price is not None:
             show_price(price, counts)
-        check_space(settings.cache.folder, needed=price.num_bytes)
+        check_space(settings.cache.folder, needed=price.num_bytes + price.num_overhead_bytes)
         targets.write_target(destination, folder=inputs.folder, parts=load(), tokenizer=inputs.tokenizer)
 
     return CachePlan.write(
