@@ -213,7 +213,11 @@ def test_verification_counts_every_byte(cache: Path) -> None:
     [
         ("notes.txt", "notes.txt", "not part of the cache"),
         ("shards/00001.zarr/hidden_states/c/0/0/1", "shards/00001.zarr/hidden_states/c/0/0/1", "not part"),
-        ("shards/.tmp-000000000000-1-2-00000000-00001.zarr/x", None, "temporary of a writer"),
+        (
+            "shards/.tmp-000000000000-1-2-00000000-00001.zarr/x",
+            "shards/.tmp-000000000000-1-2-00000000-00001.zarr",
+            "temporary of a writer",
+        ),
         ("commits/00009.json", "commits/00009.json", "not part of the cache"),
         ("target/new.bin", "target/new.bin", "not part of the cache"),
     ],
