@@ -12,9 +12,11 @@ from pipeline.stage_one import settings_of
 from stages.device import choose_device
 from stages.extract import run as extraction
 from stages.train.batches import gather_batch
+from stages.train.feed import BatchFeed, PlannedStep
 from stages.train.loop import Stepper, compute_dtype
 from stages.train.module import DSparkTrainerModule
 from stages.train.order import plan_epoch
+from stages.train.parallel import Ranks
 from stages.train.run import build_draft, objective_arguments
 from storage import CacheReader
 
@@ -35,16 +37,22 @@ def measure(config: Config) -> None:
     model = build_draft(config.draft, reader, seed=0).to(device)
     module = DSparkTrainerModule(model, **objective_arguments(config.objective))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    stepper = Stepper(module=module, optimizer=torch.optim.AdamW(trained), reader=reader, train=config.train)
+    ranks = Ranks(device=device)
+    stepper = Stepper(module=module, optimizer=torch.optim.AdamW(trained), train=config.train, ranks=ranks)
+    feed = BatchFeed(reader=reader, train=config.train, num_anchors=config.draft.num_anchors, device=device)
     indices = reader.split_indices("train")
     order = indices[plan_epoch(len(indices), seed=0, epoch=0)]
     size = config.train.global_batch_size
-    steps = [order[step * size : (step + 1) * size] for step in range(NUM_STEPS)]
-    stepper.step(steps[0], epoch=0, lr=0.0)  # first calls are slow; they do not count
+    steps = [
+        PlannedStep(step=step, epoch=0, indices=order[step * size : (step + 1) * size]) for step in range(NUM_STEPS)
+    ]
     from_cache, from_memory, gathering, tokens = [], [], [], 0
-    for step in steps[1:]:
-        from_cache.append(seconds(lambda step=step: stepper.step(step, epoch=0, lr=0.0)))
-        planned = stepper.plan(step, epoch=0)
+    for step, batches in feed.run(steps):
+        from_cache.append(seconds(lambda b=batches: stepper.step(b, lr=0.0)))
+        if step.step == 0:  # first calls are slow; they do not count
+            from_cache.clear()
+            continue
+        planned = feed.plan(step)
         tokens += sum(batch.num_tokens for batch in planned)
         held: list[dict[str, torch.Tensor]] = []
         gathering.append(seconds(lambda p=planned, h=held: h.extend(gather_batch(reader, b, device=device) for b in p)))

@@ -229,7 +229,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_samples(cached: Path, tmp_path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DSparkTrainerModule, "forward", forward)
-        with pytest.raises(NonFiniteLossError, match=r"the loss is nan .* in epoch 0 on samples \[\d+"):
+        with pytest.raises(NonFiniteLossError, match=r"the loss is nan .* on samples \[\d+"):
             train_draft(config)
     assert len(reader) > 0
     assert find_checkpoint(config.train.run_dir / "checkpoints") is None

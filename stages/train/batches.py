@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from stages.train.anchors import choose_anchors
-from stages.train.order import plan_micro_batches
+from stages.train.order import plan_rank_batches
 from storage import CacheReader
 
 
@@ -36,16 +36,39 @@ class PlannedBatch:
         return self.input_ids.numel()
 
 
+# One token that trains nothing: a rank without a row of its own must still take part in what the ranks do together.
+EMPTY_BATCH = PlannedBatch(
+    indices=(),
+    sample_ids=(),
+    input_ids=torch.zeros(1, 1, dtype=torch.long),
+    loss_mask=torch.zeros(1, 1, dtype=torch.uint8),
+    seq_lens=torch.ones(1, 1, dtype=torch.long),
+    anchor_positions=torch.full((1, 1), -1),
+)
+
+
 def plan_batches(
-    reader: CacheReader, indices: Sequence[int], *, max_batch_tokens: int, num_anchors: int, seed: int, epoch: int
+    reader: CacheReader,
+    indices: Sequence[int],
+    *,
+    max_batch_tokens: int,
+    num_anchors: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[PlannedBatch]:
     """The samples at `indices`, in their order, as packed rows of at most `max_batch_tokens` tokens.
 
-    Anchors are a function of (seed, epoch, sample id) alone, at most `num_anchors` a sample.
+    Anchors are a function of (seed, epoch, sample id) alone, at most `num_anchors` a sample. Of several ranks each
+    takes every `world`-th row, and an empty one where that does not come out even.
     """
     lengths = reader.num_tokens[list(indices)].tolist()
     sample_ids = reader.sample_ids[list(indices)].tolist()
-    for positions in plan_micro_batches(lengths, max_batch_tokens=max_batch_tokens):
+    for positions in plan_rank_batches(lengths, max_batch_tokens=max_batch_tokens, rank=rank, world=world):
+        if not positions:
+            yield EMPTY_BATCH
+            continue
         documents = [reader.read_tokens(indices[position]) for position in positions]
         anchors = []
         start = 0
@@ -70,8 +93,8 @@ def gather_batch(reader: CacheReader, batch: PlannedBatch, *, device: torch.devi
     """
     samples = [reader[index] for index in batch.indices]
     layers, hidden = len(reader.layers), reader.hidden_size
-    states_SX = torch.empty(batch.num_tokens, layers * hidden, dtype=reader.dtype)
-    last_SD = torch.empty(batch.num_tokens, hidden, dtype=reader.dtype)
+    states_SX = torch.zeros(batch.num_tokens, layers * hidden, dtype=reader.dtype)
+    last_SD = torch.zeros(batch.num_tokens, hidden, dtype=reader.dtype)
     start = 0
     for sample in samples:
         rows = slice(start, start + sample.num_tokens)

@@ -3,20 +3,20 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from stages.errors import StageError
 from stages.train.anchors import anchor_candidates
-from stages.train.batches import PlannedBatch, gather_batch, plan_batches
+from stages.train.feed import BatchFeed, FedBatch, PlannedStep
 from stages.train.metrics import MetricsLog, StepTotals
 from stages.train.module import DSparkTrainerModule
 from stages.train.order import Schedule, digest_order, learning_rate, plan_windows
+from stages.train.parallel import Ranks
 from stages.train.settings import TrainSection
 from storage import CacheReader
 
@@ -41,80 +41,63 @@ class Stepper:
 
     module: DSparkTrainerModule
     optimizer: torch.optim.Optimizer
-    reader: CacheReader
     train: TrainSection
+    ranks: Ranks
 
-    def step(self, indices: np.ndarray, *, epoch: int, lr: float) -> dict[str, Any]:
-        """One optimizer step over the samples at `indices`; the row to log. Raises NonFiniteLossError."""
-        module, train = self.module, self.train
-        device = next(module.parameters()).device
-        batches = self.plan(indices, epoch=epoch)
-        # The denominator is the step's, not the micro-batch's; it needs masks and anchors only, not the model.
-        denominator = sum(
-            float(module.loss_denominator(batch.loss_mask, batch.anchor_positions, batch.seq_lens)) for batch in batches
-        )
+    def step(self, batches: Iterable[FedBatch], *, lr: float) -> dict[str, Any]:
+        """One optimizer step over this rank's micro-batches; the row to log. Raises NonFiniteLossError.
+
+        Sums are differentiated, and divided by the step's denominator once it is known: when all ranks have done their
+        micro-batches.
+        """
         totals = StepTotals()
-        module.train()
+        self.module.train()
+        num_tokens, sample_ids, waited = 0, list[int](), 0.0
         reported = time.monotonic()
-        for number, batch in enumerate(batches, start=1):
-            with compute_dtype(device, train.dtype):
-                metrics = module(**gather_batch(self.reader, batch, device=device))
-            (metrics.loss_num / max(denominator, 1e-30)).backward()
+        for batch in batches:
+            with compute_dtype(self.ranks.device, self.train.dtype), self.ranks.last_backward(batch.is_last):
+                metrics = self.module(**batch.arguments)
+                metrics.loss_num.backward()
             totals.add(metrics)
+            num_tokens += batch.planned.num_tokens if batch.planned.indices else 0
+            sample_ids.extend(batch.planned.sample_ids)
+            waited += batch.waited_seconds
             if time.monotonic() - reported > REPORT_SECONDS:
                 reported = time.monotonic()
-                logger.info("  micro-batch %d of %d of this step", number, len(batches))
+                logger.info("  micro-batch %d of %d of this step", batch.number, batch.num_batches)
+        totals.reduce(self.ranks)
         row = totals.ratios()
-        norm = torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], train.clip_norm)
+        norm = self._scale_gradients(float(totals.sums()["loss_den"]))
         if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
-            samples = [sample_id for batch in batches for sample_id in batch.sample_ids]
             raise NonFiniteLossError(
-                f"the loss is {row['loss']} and the gradient's norm {float(norm)} in epoch {epoch} on samples "
-                f'{samples}; no weight was changed by this step. Lower train.lr, or try train.dtype = "float32"'
+                f"the loss is {row['loss']} and the gradient's norm {norm} on samples {sample_ids}; no weight was "
+                'changed by this step. Lower train.lr, or try train.dtype = "float32"'
             )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        num_tokens = sum(batch.num_tokens for batch in batches)
-        return {**row, "lr": lr, "grad_norm": float(norm), "num_tokens": num_tokens, "num_micro_batches": len(batches)}
+        return {
+            **row,
+            "lr": lr,
+            "grad_norm": norm,
+            "num_tokens": num_tokens,
+            "num_micro_batches": batch.num_batches,
+            "waited_seconds": waited,
+        }
 
-    def plan(self, indices: np.ndarray, *, epoch: int) -> list[PlannedBatch]:
-        """The micro-batches of a step over the samples at `indices`."""
-        batches = plan_batches(
-            self.reader,
-            indices.tolist(),
-            max_batch_tokens=self.train.max_batch_tokens,
-            num_anchors=self.module.draft_model.config.num_anchors,
-            seed=self.train.seed,
-            epoch=epoch,
-        )
-        return list(batches)
+    def _scale_gradients(self, denominator: float) -> float:
+        """Divide the gradients by the denominator and clip them; their norm before clipping."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / max(denominator, 1e-30)
+        torch._foreach_mul_(gradients, min(1.0, self.train.clip_norm / (norm + 1e-6)) / max(denominator, 1e-30))
+        return norm
 
 
-def run_steps(
-    stepper: Stepper, *, schedule: Schedule, start: int, log: MetricsLog, validate: Validate | None
-) -> Iterator[int]:
-    """Do the steps from `start` on, log each, and yield after each how many are done, for the caller to save them.
-
-    Validation comes every `train.validate_every` steps (default: once an epoch) and after the last.
-    Raises NothingSupervisedError before the first step.
-    """
-    train, reader = stepper.train, stepper.reader
+def plan_steps(reader: CacheReader, train: TrainSection, *, schedule: Schedule, start: int) -> Iterator[PlannedStep]:
+    """The steps from `start` on, each epoch in its own order; has a remote cache fetch what they will read."""
     indices = reader.split_indices("train")
-    # Ends at the first sample of nearly every split; without any anchor the loss would be 0 in every step.
-    if not any(len(anchor_candidates(reader.read_tokens(index)[1])) for index in indices):
-        raise NothingSupervisedError(
-            f"{reader.path}: none of the {len(indices)} samples of the training split has two supervised tokens in a "
-            "row, which every anchor needs; look at the loss masks of the data, and at data.supervise"
-        )
     epoch, order = -1, indices
-    validate_every = train.validate_every or schedule.steps_per_epoch
-    logger.info(
-        "%d conversations, %d of them a step: %d steps an epoch, %d steps in all",
-        len(indices), train.global_batch_size, schedule.steps_per_epoch, schedule.num_steps,
-    )  # fmt: skip
-    pace = _Pace(num_steps=schedule.num_steps, start=start)
     for step in range(start, schedule.num_steps):
         if schedule.epoch(step) != epoch:
             epoch = schedule.epoch(step)
@@ -123,10 +106,32 @@ def run_steps(
             first = step % schedule.steps_per_epoch * schedule.global_batch_size
             reader.plan_reads(order[first:], **({"num_ahead": window} if window else {}))
             logger.info("epoch %d: order %s", epoch, digest_order(reader.sample_ids[order])[:16])
-        lr = learning_rate(step, num_steps=schedule.num_steps, peak=train.lr, warmup_fraction=train.warmup_fraction)
-        row = stepper.step(schedule.batch(step, order), epoch=epoch, lr=lr)
-        done = step + 1
-        row = {"step": done, "epoch": epoch, **row, **pace.after_step(row["num_tokens"])}
+        yield PlannedStep(step=step, epoch=epoch, indices=schedule.batch(step, order))
+
+
+def run_steps(
+    stepper: Stepper, feed: BatchFeed, *, schedule: Schedule, start: int, log: MetricsLog, validate: Validate | None
+) -> Iterator[int]:
+    """Do the steps from `start` on, log each, and yield after each how many are done, for the caller to save them.
+
+    Validation comes every `train.validate_every` steps (default: once an epoch) and after the last.
+    Raises NothingSupervisedError before the first step.
+    """
+    train, reader = stepper.train, feed.reader
+    check_supervision(reader)
+    validate_every = train.validate_every or schedule.steps_per_epoch
+    logger.info(
+        "%d conversations, %d of them a step: %d steps an epoch, %d steps in all",
+        schedule.num_samples, train.global_batch_size, schedule.steps_per_epoch, schedule.num_steps,
+    )  # fmt: skip
+    pace = _Pace(num_steps=schedule.num_steps, start=start)
+    for planned, batches in feed.run(plan_steps(reader, train, schedule=schedule, start=start)):
+        lr = learning_rate(
+            planned.step, num_steps=schedule.num_steps, peak=train.lr, warmup_fraction=train.warmup_fraction
+        )
+        row = stepper.step(batches, lr=lr)
+        done = planned.step + 1
+        row = {"step": done, "epoch": planned.epoch, **row, **pace.after_step(row["num_tokens"])}
         log.write("train", row)
         logger.info("%s", format_step(row, num_steps=schedule.num_steps))
         with pace.paused():
@@ -135,6 +140,17 @@ def run_steps(
                 log.write("validation", result)
                 logger.info("step %6d  validation  tau %.3f", done, result["tau"])
             yield done
+
+
+def check_supervision(reader: CacheReader) -> None:
+    """Raise NothingSupervisedError where no sample of the training split can have an anchor."""
+    indices = reader.split_indices("train")
+    # Ends at the first sample of nearly every split; without any anchor the loss would be 0 in every step.
+    if not any(len(anchor_candidates(reader.read_tokens(index)[1])) for index in indices):
+        raise NothingSupervisedError(
+            f"{reader.path}: none of the {len(indices)} samples of the training split has two supervised tokens in a "
+            "row, which every anchor needs; look at the loss masks of the data, and at data.supervise"
+        )
 
 
 @contextmanager

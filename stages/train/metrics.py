@@ -11,7 +11,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from stages.train.checkpoint import write_errors
 from stages.train.module import DSparkStepMetrics
+from stages.train.parallel import Ranks
 
+PER_SLOT = ("accept_rate_per_pos_num", "accept_rate_per_pos_den")
 SUMMED = (
     "loss_num",
     "loss_den",
@@ -31,19 +33,33 @@ logger = logging.getLogger(__name__)
 
 
 class StepTotals:
-    """Sums of `DSparkStepMetrics` over micro-batches; the ratios are taken once, at the end."""
+    """Sums of `DSparkStepMetrics` over micro-batches and ranks in one tensor; the ratios are taken once, at the end."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sum: torch.Tensor | None = None
 
     def add(self, metrics: DSparkStepMetrics) -> None:
-        for name in SUMMED:
-            value = getattr(metrics, name).detach().double()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        parts = torch.cat([getattr(metrics, name).detach().double().reshape(-1) for name in SUMMED])
+        self._sum = parts if self._sum is None else self._sum + parts
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add up the ranks' sums: the step's only reduction beside that of the gradients."""
+        if self._sum is None:
+            raise AssertionError("a step without a micro-batch")
+        ranks.sum_(self._sum)
+
+    def sums(self) -> dict[str, torch.Tensor]:
+        """Each sum by its name in `DSparkStepMetrics`, on the CPU."""
+        if self._sum is None:
+            raise AssertionError("a step without a micro-batch")
+        total = self._sum.cpu()
+        block_size = (len(total) - len(SUMMED) + len(PER_SLOT)) // len(PER_SLOT)
+        parts = torch.split(total, [block_size if name in PER_SLOT else 1 for name in SUMMED])
+        return {name: part if name in PER_SLOT else part.squeeze(0) for name, part in zip(SUMMED, parts, strict=True)}
 
     def ratios(self) -> dict[str, Any]:
         """Losses, tau, and acceptance by slot, each the ratio of its sums; 0 where nothing was supervised."""
-        sums = self._sums
+        sums = self.sums()
         weight = sums["loss_den"].clamp_min(1e-30)
         per_slot = sums["accept_rate_per_pos_num"] / sums["accept_rate_per_pos_den"].clamp_min(1e-30)
         diagnosed = sums["confidence_diag_den"].clamp_min(1e-30)

@@ -162,13 +162,6 @@ class DSparkTrainerModule(nn.Module):
             confidence=None if terms.confidence_logit is None else terms.confidence_logit.sigmoid(),
         )
 
-    def loss_denominator(
-        self, loss_mask: torch.Tensor, anchor_positions: torch.Tensor, seq_lens: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Σ w of a batch, as in `DSparkStepMetrics.loss_den`, from masks and anchors alone; the model does not run."""
-        slots = find_slots(loss_mask, anchor_positions, seq_lens, block_size=self.draft_model.block_size)
-        return slot_weights(slots.slot, self.loss_decay_gamma).sum()
-
     def _run(
         self,
         input_ids: torch.Tensor,

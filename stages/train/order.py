@@ -103,6 +103,16 @@ def plan_micro_batches(num_tokens: Sequence[int], *, max_batch_tokens: int) -> l
     return batches
 
 
+def plan_rank_batches(num_tokens: Sequence[int], *, max_batch_tokens: int, rank: int, world: int) -> list[range]:
+    """One rank's share of the step's micro-batches: every `world`-th, and an empty one where others have one more.
+
+    The micro-batches are those of a single process, so the loss is the same at any number of ranks.
+    """
+    batches = plan_micro_batches(num_tokens, max_batch_tokens=max_batch_tokens)
+    own = batches[rank::world]
+    return own if len(own) == -(-len(batches) // world) else [*own, range(0)]
+
+
 def learning_rate(step: int, *, num_steps: int, peak: float, warmup_fraction: float) -> float:
     """Linear warm-up to `peak`, then a cosine that would reach zero one step after the last."""
     warmup = int(np.ceil(warmup_fraction * num_steps))

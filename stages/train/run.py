@@ -25,11 +25,13 @@ from stages.train.checkpoint import (
     save_draft,
 )
 from stages.train.config import build_draft_config
+from stages.train.feed import BatchFeed
 from stages.train.loop import Stepper, Validate, run_steps
 from stages.train.metrics import MetricsLog
 from stages.train.model import Qwen3DSparkModel
 from stages.train.module import DSparkTrainerModule
 from stages.train.order import plan_schedule, resolve_window
+from stages.train.parallel import Ranks
 from stages.train.settings import DraftSection, ObjectiveSection, TrainSection
 from storage import CacheReader
 
@@ -120,8 +122,13 @@ def train(
             logger.info("continuing behind step %d of %d", start, schedule.num_steps)
         log = MetricsLog(train.run_dir, resume_step=start)
         try:
-            stepper = Stepper(module=module, optimizer=optimizer, reader=reader, train=train)
-            for done in run_steps(stepper, schedule=schedule, start=start, log=log, validate=validate):
+            ranks = Ranks(device=device)
+            stepper = Stepper(module=module, optimizer=optimizer, train=train, ranks=ranks)
+            feed = BatchFeed(
+                reader=reader, train=train, num_anchors=draft.num_anchors, device=device,
+                rank=ranks.rank, world=ranks.world,
+            )  # fmt: skip
+            for done in run_steps(stepper, feed, schedule=schedule, start=start, log=log, validate=validate):
                 if done % train.checkpoint_every == 0 or done == schedule.num_steps:
                     state = TrainerState(step=done, made_from=made_from)
                     save_checkpoint(
