@@ -29,12 +29,12 @@ from transformers import Qwen3Config
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel, build_draft_config
 from stages.train.anchors import choose_anchors
 from stages.train.loop import compute_dtype
-from stages.train.slots import Slots, find_slots
+from stages.train.slots import find_slots
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A draft and its batches. `lengths`: tokens of a sample; `answers`: share of it that is supervised, at its end."""
+    """A draft and its batch of `rows` samples."""
 
     vocab: int = 32768
     hidden: int = 512
@@ -91,56 +91,52 @@ def make_model(shape: Shape) -> Qwen3DSparkModel:
     return model
 
 
-def make_batches(shape: Shape) -> list[dict[str, torch.Tensor]]:
+def make_batch(shape: Shape) -> dict[str, torch.Tensor]:
     """Samples padded to the longest of them and to the number of anchors: what the plain form takes."""
     random = np.random.default_rng(0)
     lengths = [shape.tokens] * shape.rows
     if shape.is_mix:  # log-normal with mean 600; spread as in chat data (assumption: sigma 0.7)
         drawn = random.lognormal(math.log(600) - 0.7**2 / 2, 0.7, size=shape.rows)
         lengths = np.clip(drawn, 64, shape.tokens).astype(int).tolist()
-    batches = []
+    width = max(lengths)
+    mask = torch.zeros(shape.rows, width, dtype=torch.uint8)
+    anchors = torch.full((shape.rows, shape.anchors), -1)
     for row, length in enumerate(lengths):
-        mask = torch.zeros(length, dtype=torch.uint8)
         if shape.is_mix:
             # Half of the samples have few candidates: short answers between long questions.
             answer = int(random.integers(4, 12)) if row % 2 else int(random.integers(40, 120))
             question = 60 if row % 2 else 20
             for start in range(question, length, answer + question):
-                mask[start : start + answer] = 1
+                mask[row, start : min(start + answer, length)] = 1
         else:
-            mask[shape.unsupervised :] = 1
-        anchors = choose_anchors(mask, shape.anchors, seed=0, epoch=0, sample_id=row)
-        padded = torch.full((1, shape.anchors), -1)
-        padded[0, : len(anchors)] = anchors
-        generator = torch.Generator().manual_seed(row)
-        scale = 3 / math.sqrt(shape.hidden)  # distributions that are neither flat nor sharp
-        batch = {
-            "input_ids": torch.randint(shape.vocab - 1, (1, length), generator=generator),
-            "target_hidden_states": torch.randn(
-                1, length, shape.target_layers * shape.hidden, generator=generator
-            ).bfloat16(),
-            "loss_mask": mask[None],
-            "target_last_hidden_states": (
-                scale * math.sqrt(shape.hidden) * torch.randn(1, length, shape.hidden, generator=generator)
-            ).bfloat16(),
-            "anchor_positions": padded,
-        }
-        batches.append({name: tensor.to(shape.device) for name, tensor in batch.items()})
-    return batches
+            mask[row, shape.unsupervised :] = 1
+        chosen = choose_anchors(mask[row, :length], shape.anchors, seed=0, epoch=0, sample_id=row)
+        anchors[row, : len(chosen)] = chosen
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(shape.rows, width, shape.target_layers * shape.hidden, generator=generator)
+    last = 3 * torch.randn(shape.rows, width, shape.hidden, generator=generator)  # neither flat nor sharp distributions
+    batch = {
+        "input_ids": torch.randint(shape.vocab - 1, (shape.rows, width), generator=generator),
+        "target_hidden_states": states.bfloat16(),
+        "loss_mask": mask,
+        "target_last_hidden_states": last.bfloat16(),
+        "seq_lens": torch.tensor(lengths)[:, None],
+        "anchor_positions": anchors,
+    }
+    return {name: tensor.to(shape.device) for name, tensor in batch.items()}
 
 
 def make_module(shape: Shape, *, is_plain: bool) -> DSparkTrainerModule:
     return DSparkTrainerModule(make_model(shape), loss_decay_gamma=4.0, is_plain=is_plain)
 
 
-def run_step(module: DSparkTrainerModule, shape: Shape, batches: list[dict[str, torch.Tensor]]) -> float:
-    """Seconds of forward and backward over all batches."""
+def run_step(module: DSparkTrainerModule, shape: Shape, batch: dict[str, torch.Tensor]) -> float:
+    """Seconds of forward and backward."""
     module.zero_grad(set_to_none=True)
     _wait(shape)
     started = clock()
-    for batch in batches:
-        with compute_dtype(torch.device(shape.device), shape.dtype):
-            module(**batch).loss_num.backward()
+    with compute_dtype(torch.device(shape.device), shape.dtype):
+        module(**batch).loss_num.backward()
     _wait(shape)
     return clock() - started
 
@@ -150,29 +146,28 @@ def _wait(shape: Shape) -> None:
         torch.cuda.synchronize()
 
 
-def count_operations(shape: Shape, batches: list[dict[str, torch.Tensor]]) -> float:
+def count_operations(shape: Shape, batch: dict[str, torch.Tensor]) -> float:
     """Multiplications and additions of the matrix products that forward and backward need."""
-    total = 0.0
-    for batch in batches:
-        slots = find_slots(batch["loss_mask"], batch["anchor_positions"], None, block_size=shape.block)
-        total += 2 * _multiplications(shape, slots, num_tokens=batch["input_ids"].shape[1])
-    return total
-
-
-def _multiplications(shape: Shape, slots: Slots, *, num_tokens: int) -> float:
+    slots = find_slots(batch["loss_mask"], batch["anchor_positions"], batch["seq_lens"], block_size=shape.block)
+    width = batch["input_ids"].shape[1]
+    anchors = slots.block_anchors % width
+    last_anchors = torch.zeros(shape.rows, dtype=torch.long).scatter_reduce(
+        0, (slots.block_anchors // width).cpu(), anchors.cpu(), "amax"
+    )
+    num_context = int(last_anchors.sum())
     query, key = shape.hidden * shape.heads * shape.head_dim, shape.hidden * shape.kv_heads * shape.head_dim
     mlp = 3 * shape.hidden * shape.intermediate
     num_slots, num_last = slots.num_blocks * shape.block, len(slots)
-    context = num_tokens * shape.target_layers * shape.hidden**2 * 2  # no gradient to the cache
-    context += shape.layers * num_tokens * 2 * key * 3
+    context = num_context * shape.target_layers * shape.hidden**2 * 2  # no gradient to the cache
+    context += shape.layers * num_context * 2 * key * 3
     blocks = 3 * (shape.layers - 1) * num_slots * (2 * query + 2 * key + mlp)
     blocks += 3 * (num_slots * 2 * key + num_last * (2 * query + mlp))
-    seen = float((slots.block_anchors + shape.block).sum())  # keys of each block's slots
+    seen = float((anchors + shape.block).sum())  # keys of each block's slots
     per_key = shape.heads * shape.head_dim * 2 * 3
     attention = ((shape.layers - 1) * shape.block + num_last / max(slots.num_blocks, 1)) * seen * per_key
     distinct = len(slots.flat_position.unique())
     head = shape.vocab * shape.hidden * (2 * num_last + distinct) + 3 * shape.vocab * shape.rank * num_last
-    return context + blocks + attention + head
+    return 2 * (context + blocks + attention + head)
 
 
 def matmul_rate(shape: Shape) -> float:
@@ -196,13 +191,13 @@ def peak_memory(name: str, *, is_plain: bool) -> int:
 
 
 def _measure_peak(shape: Shape, *, is_plain: bool) -> int:
-    module, batches = make_module(shape, is_plain=is_plain), make_batches(shape)
-    run_step(module, shape, batches)
+    module, batch = make_module(shape, is_plain=is_plain), make_batch(shape)
+    run_step(module, shape, batch)
     module.zero_grad(set_to_none=True)
     if shape.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run_step(module, shape, batches)
+        run_step(module, shape, batch)
         return torch.cuda.max_memory_allocated() - before
     before, peak, is_over = _resident(), 0, threading.Event()
 
@@ -213,7 +208,7 @@ def _measure_peak(shape: Shape, *, is_plain: bool) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    run_step(module, shape, batches)
+    run_step(module, shape, batch)
     is_over.set()
     watcher.join()
     return peak - before
@@ -228,17 +223,17 @@ def measure(name: str, *, rounds: int) -> None:
     if shape.device == "cuda" and not torch.cuda.is_available():
         print(f"step        {name}: needs a CUDA device, not run here")
         return
-    batches = make_batches(shape)
+    batch = make_batch(shape)
     modules = [make_module(shape, is_plain=is_plain) for is_plain in (False, True)]
     times: list[list[float]] = [[], []]
     rates = []
     for number in range(rounds + 1):
         rates.append(matmul_rate(shape))
         for module, seconds in zip(modules, times, strict=True):
-            took = run_step(module, shape, batches)
+            took = run_step(module, shape, batch)
             if number:
                 seconds.append(took)
-    operations = count_operations(shape, batches)
+    operations = count_operations(shape, batch)
     fused, plain = times
     useful = statistics.median(operations / took / rate for took, rate in zip(fused, rates[1:], strict=True))
     print(f"step        {name}: {statistics.median(fused):.3f} s    / plain {ratio(fused, plain)}")

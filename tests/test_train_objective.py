@@ -178,7 +178,7 @@ def test_micro_batches_with_the_global_denominator_equal_one_batch() -> None:
         metrics.loss_num.backward()
         denominator += float(metrics.loss_den)
     module.draft_model.fc.weight.grad /= denominator
-    torch.testing.assert_close(module.draft_model.fc.weight.grad, whole, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(module.draft_model.fc.weight.grad, whole, rtol=1e-4, atol=1e-6)
 
 
 def test_fewer_candidates_than_anchors_takes_all() -> None:

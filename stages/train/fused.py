@@ -23,7 +23,7 @@ from stages.train.objective import LossWeights, SlotTerms, Supervision, confiden
 
 # Bytes of a chunk's vocabulary-wide tensors. On a CPU larger chunks gain little (measured on two cores: a tenth from 64
 # to 448 slots); on a GPU a chunk should keep its matrix products busy (assumption: some 400 slots of 150 k tokens).
-CHUNK_BYTES = {"cpu": 3 << 25, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 MIN_CHUNK = 16  # slots; fewer would only make more matrix products
 
 
@@ -98,7 +98,7 @@ class _Work:
         num_slots = len(self.position)
         if num_slots == 0:
             return
-        # Logits that become gradients, the bias, the target's logits; on CUDA some of them once more in float32.
+        # Logits that become gradients, those of the target, the bias; on CUDA some of them once more in float32.
         slot_bytes = len(self.head) * (self.head.element_size() * 3 + (8 if self.head.is_cuda else 0))
         num_chunks = -(-num_slots * slot_bytes // CHUNK_BYTES[self.head.device.type])
         num_chunks = max(1, min(num_chunks, num_slots // MIN_CHUNK))

@@ -256,29 +256,35 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
         slots: Slots,
         seq_lens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """h [N, D] of the supervised slots, as `forward` computes them; blocks without any cost nothing.
+        """h [N, D] of the supervised slots, as `forward` computes them; other blocks and unseen context cost nothing.
 
         Rows are laid end to end. Slots of a block that are not supervised are seen by the others, so only the last
         layer leaves them out.
         """
         start_BS, _ = document_bounds(seq_lens, input_ids)
         num_rows, num_tokens = input_ids.shape
-        positions_BS = torch.arange(num_tokens, device=input_ids.device) - start_BS
+        positions_X = (torch.arange(num_tokens, device=input_ids.device) - start_BS).flatten()
         start_X = (start_BS + num_tokens * torch.arange(num_rows, device=input_ids.device)[:, None]).flatten()
         anchor_M = slots.block_anchors
         is_empty = len(anchor_M) == 0
         if is_empty:  # the graph must still reach every weight, or whoever waits for its gradient waits for ever
             anchor_M = anchor_M.new_zeros(1)
-        ranges = BlockRanges(start=start_X[anchor_M], anchor=anchor_M, block_size=self.block_size)
+        # 1. The blocks, end to end.
         slots_K = torch.arange(self.block_size, device=input_ids.device)
-        positions_1Q = ((ranges.anchor - ranges.start)[:, None] + slots_K).view(1, -1)
-        ids_MK = torch.full((len(ranges), self.block_size), self.config.mask_token_id, device=input_ids.device)
+        positions_1Q = (positions_X[anchor_M][:, None] + slots_K).view(1, -1)
+        ids_MK = torch.full((len(anchor_M), self.block_size), self.config.mask_token_id, device=input_ids.device)
         ids_MK[:, 0] = input_ids.flatten()[anchor_M]
         queries_N = slots_K if is_empty else slots.block * self.block_size + slots.slot
         states = self.embed_tokens(ids_MK.view(1, -1))
-        context_1XD = self.project_context(target_hidden_states.reshape(1, num_rows * num_tokens, -1))
-        context = Context(context_1XD, self.rotary_emb(context_1XD, positions_BS.view(1, -1)))
         rope = self.rotary_emb(states, positions_1Q)
+        # 2. The context tokens that some block sees; where a block's begin and end among them.
+        seen_X = _seen(start_X[anchor_M], anchor_M, num_tokens=num_rows * num_tokens)
+        picked = seen_X.nonzero().squeeze(1)
+        before_X = seen_X.cumsum(0) - seen_X.long()
+        ranges = BlockRanges(start=before_X[start_X[anchor_M]], anchor=before_X[anchor_M], block_size=self.block_size)
+        context_1XD = self.project_context(target_hidden_states.flatten(0, 1)[picked][None])
+        context = Context(context_1XD, self.rotary_emb(context_1XD, positions_X[picked][None]))
+        # 3. The layers, the last one for the supervised slots alone.
         attend, attend_last = _plan_attention(ranges, queries_N, num_context=context_1XD.shape[1])
         for layer in self.layers[:-1]:
             states = layer(states, rope, context, attend)
@@ -299,6 +305,13 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
         if scale is not None:
             logits_NV = logits_NV * scale
         return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
+
+
+def _seen(start_M: torch.Tensor, end_M: torch.Tensor, *, num_tokens: int) -> torch.Tensor:
+    """Which tokens lie in one of the ranges: bool [num_tokens]."""
+    edges = start_M.new_zeros(num_tokens + 1)
+    edges.index_add_(0, start_M, torch.ones_like(start_M)).index_add_(0, end_M, -torch.ones_like(end_M))
+    return edges[:-1].cumsum(0) > 0
 
 
 def _plan_attention(ranges: BlockRanges, queries_N: torch.Tensor, *, num_context: int) -> tuple[Attend, Attend]:
@@ -332,7 +345,8 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _split_heads(states_BXD: torch.Tensor, head_dim: int) -> torch.Tensor:
-    return states_BXD.view(*states_BXD.shape[:-1], -1, head_dim).transpose(1, 2)
+    num_heads = states_BXD.shape[-1] // head_dim  # not -1: a context may be empty
+    return states_BXD.view(*states_BXD.shape[:-1], num_heads, head_dim).transpose(1, 2)
 
 
 def _rotate(states_BHXE: torch.Tensor, rope: Rope) -> torch.Tensor:
