@@ -3,6 +3,8 @@
 import glob
 import logging
 from collections.abc import Iterator
+from dataclasses import fields, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from stages.train.batches import gather_batch, plan_batches
 from stages.train.checkpoint import save_draft
 from stages.train.loop import compute_dtype
 from stages.train.module import SlotScores
+from stages.train.parallel import Ranks, join_ranks
 from stages.train.run import TrainResult, objective_arguments, train
 from storage import CacheIdentity, CacheReader, check_identity
 
@@ -101,13 +104,18 @@ def _wanted_import(settings: Settings, known: dict[str, Any], *, cached: CacheId
     return cached.model_copy(update={name: known[name] for name in known.keys() - set(UNKNOWN_FIELDS)})
 
 
-def train_draft(config: Config) -> TrainResult:
-    """Train the config's draft, or finish the training that its run folder holds."""
+def train_draft(config: Config, *, ranks: Ranks | None = None) -> TrainResult:
+    """Train the config's draft, or finish the training that its run folder holds.
 
+    `ranks` are those that the process has joined already; without them it joins what torchrun started, if anything.
+    """
+    if ranks is None:
+        with join_ranks(config.train) as joined:
+            return train_draft(config, ranks=joined)
     reader = open_cache(config, layers=config.draft.target_layer_ids)
 
     def validate(module: DSparkTrainerModule) -> dict[str, Any]:
-        return _score_split(config, module, reader=reader).to_json()
+        return _score_split(config, module, reader=reader, ranks=ranks).to_json()
 
     has_validation = len(reader.split_indices("validation")) > 0
     if not has_validation:
@@ -118,6 +126,7 @@ def train_draft(config: Config) -> TrainResult:
         objective=config.objective,
         train=config.train,
         validate=validate if has_validation else None,
+        ranks=ranks,
     )
 
 
@@ -129,8 +138,9 @@ def evaluate_draft(config: Config, *, draft_dir: Path) -> CacheEvaluation:
     reader = open_cache(config, layers=tuple(model.config.target_layer_ids))
     _check_same_target(model, reader, draft_dir=draft_dir)
     reader.plan_reads(evaluated_indices(config, reader))
-    module = DSparkTrainerModule(model.to(choose_device(config.train.device)), **objective_arguments(config.objective))
-    return _score_split(config, module, reader=reader)
+    ranks = Ranks(device=choose_device(config.train.device))
+    module = DSparkTrainerModule(model.to(ranks.device), **objective_arguments(config.objective))
+    return _score_split(config, module, reader=reader, ranks=ranks)
 
 
 def _check_same_target(model: Qwen3DSparkModel, reader: CacheReader, *, draft_dir: Path) -> None:
@@ -163,25 +173,35 @@ def evaluated_indices(config: Config, reader: CacheReader) -> np.ndarray:
     return indices[np.argsort(reader.sample_ids[indices], kind="stable")][: config.evaluate.max_samples]
 
 
-def _score_split(config: Config, module: DSparkTrainerModule, *, reader: CacheReader) -> CacheEvaluation:
-    return evaluate_scores(
-        _iterate_scores(config, module, reader=reader), block_size=module.draft_model.config.block_size
-    )
+def _score_split(config: Config, module: DSparkTrainerModule, *, reader: CacheReader, ranks: Ranks) -> CacheEvaluation:
+    """What the validation split says of the draft, on every rank; each scores its share of the samples."""
+    parts = ranks.gather(list(_iterate_scores(config, module, reader=reader, ranks=ranks)))
+    scores = sorted((scored for part in parts for scored in part), key=itemgetter(0))
+    return ranks.on_first(lambda: evaluate_scores(scores, block_size=module.draft_model.config.block_size))
 
 
 def _iterate_scores(
-    config: Config, module: DSparkTrainerModule, *, reader: CacheReader
+    config: Config, module: DSparkTrainerModule, *, reader: CacheReader, ranks: Ranks
 ) -> Iterator[tuple[int, SlotScores]]:
-    """Scores of one validation sample at a time, in the order of sample ids."""
-    device = next(module.parameters()).device
+    """Scores of one of this rank's validation samples at a time, on the CPU, in the order of sample ids.
+
+    Equally many forwards on every rank: sharded weights are gathered for each.
+    """
     batches = plan_batches(
         reader, evaluated_indices(config, reader).tolist(), max_batch_tokens=1,
         num_anchors=config.evaluate.num_anchors, seed=config.evaluate.seed, epoch=0,
+        rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
     was_training = module.training
     module.eval()
     for batch in batches:
-        with compute_dtype(device, config.train.dtype):
-            scores = module.score(**gather_batch(reader, batch, device=device))
-        yield batch.sample_ids[0], scores
+        with compute_dtype(ranks.device, config.train.dtype):
+            scores = module.score(**gather_batch(reader, batch, device=ranks.device))
+        for sample_id in batch.sample_ids:  # one, or none in an empty batch
+            yield sample_id, _to_cpu(scores)
     module.train(was_training)
+
+
+def _to_cpu(scores: SlotScores) -> SlotScores:
+    tensors = {field.name: getattr(scores, field.name) for field in fields(scores)}
+    return replace(scores, **{name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None})

@@ -26,7 +26,7 @@ def choose_device(name: str) -> torch.device:
         raise SettingError(f"device: {name!r} was asked for, but torch sees no CUDA device; use auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingError(
-            f"device: {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices; under torchrun start no "
-            "more processes on a machine than it has devices"
+            f"device: {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices; under torchrun start "
+            "no more processes on a machine than it has devices"
         )
     return device

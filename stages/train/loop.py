@@ -16,7 +16,7 @@ from stages.train.feed import BatchFeed, FedBatch, PlannedStep
 from stages.train.metrics import MetricsLog, StepTotals
 from stages.train.module import DSparkTrainerModule
 from stages.train.order import Schedule, digest_order, learning_rate, plan_windows
-from stages.train.parallel import Ranks
+from stages.train.parallel import Ranks, last_backward, reshard, unwrap, whole
 from stages.train.settings import TrainSection
 from storage import CacheReader
 
@@ -39,7 +39,8 @@ class NothingSupervisedError(StageError, ValueError):
 class Stepper:
     """What a step works on. `step` changes the module's weights and the optimizer's state, and nothing else."""
 
-    module: DSparkTrainerModule
+    module: torch.nn.Module
+    """What `parallel.wrap` returned."""
     optimizer: torch.optim.Optimizer
     train: TrainSection
     ranks: Ranks
@@ -52,14 +53,13 @@ class Stepper:
         """
         totals = StepTotals()
         self.module.train()
-        num_tokens, sample_ids, waited = 0, list[int](), 0.0
+        sample_ids, waited = list[int](), 0.0
         reported = time.monotonic()
         for batch in batches:
-            with compute_dtype(self.ranks.device, self.train.dtype), self.ranks.last_backward(batch.is_last):
+            with compute_dtype(self.ranks.device, self.train.dtype), last_backward(self.module, batch.is_last):
                 metrics = self.module(**batch.arguments)
                 metrics.loss_num.backward()
-            totals.add(metrics)
-            num_tokens += batch.planned.num_tokens if batch.planned.indices else 0
+            totals.add(metrics, num_tokens=batch.planned.num_tokens if batch.planned.indices else 0)
             sample_ids.extend(batch.planned.sample_ids)
             waited += batch.waited_seconds
             if time.monotonic() - reported > REPORT_SECONDS:
@@ -81,7 +81,7 @@ class Stepper:
             **row,
             "lr": lr,
             "grad_norm": norm,
-            "num_tokens": num_tokens,
+            "num_tokens": int(totals.sums()["num_tokens"]),
             "num_micro_batches": batch.num_batches,
             "waited_seconds": waited,
         }
@@ -89,7 +89,7 @@ class Stepper:
     def _scale_gradients(self, denominator: float) -> float:
         """Divide the gradients by the denominator and clip them; their norm before clipping."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / max(denominator, 1e-30)
+        norm = float(whole(torch.nn.utils.get_total_norm(gradients))) / max(denominator, 1e-30)
         torch._foreach_mul_(gradients, min(1.0, self.train.clip_norm / (norm + 1e-6)) / max(denominator, 1e-30))
         return norm
 
@@ -110,11 +110,17 @@ def plan_steps(reader: CacheReader, train: TrainSection, *, schedule: Schedule, 
 
 
 def run_steps(
-    stepper: Stepper, feed: BatchFeed, *, schedule: Schedule, start: int, log: MetricsLog, validate: Validate | None
+    stepper: Stepper,
+    feed: BatchFeed,
+    *,
+    schedule: Schedule,
+    start: int,
+    log: MetricsLog | None,
+    validate: Validate | None,
 ) -> Iterator[int]:
     """Do the steps from `start` on, log each, and yield after each how many are done, for the caller to save them.
 
-    Validation comes every `train.validate_every` steps (default: once an epoch) and after the last.
+    `log` is rank 0's. Validation comes every `train.validate_every` steps (default: once an epoch) and after the last.
     Raises NothingSupervisedError before the first step.
     """
     train, reader = stepper.train, feed.reader
@@ -132,12 +138,15 @@ def run_steps(
         row = stepper.step(batches, lr=lr)
         done = planned.step + 1
         row = {"step": done, "epoch": planned.epoch, **row, **pace.after_step(row["num_tokens"])}
-        log.write("train", row)
+        if log is not None:
+            log.write("train", row)
         logger.info("%s", format_step(row, num_steps=schedule.num_steps))
         with pace.paused():
             if validate is not None and (done % validate_every == 0 or done == schedule.num_steps):
-                result = {"step": done, **validate(stepper.module)}
-                log.write("validation", result)
+                result = {"step": done, **validate(unwrap(stepper.module))}
+                reshard(stepper.module)
+                if log is not None:
+                    log.write("validation", result)
                 logger.info("step %6d  validation  tau %.3f", done, result["tau"])
             yield done
 

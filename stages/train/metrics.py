@@ -38,8 +38,9 @@ class StepTotals:
     def __init__(self) -> None:
         self._sum: torch.Tensor | None = None
 
-    def add(self, metrics: DSparkStepMetrics) -> None:
-        parts = torch.cat([getattr(metrics, name).detach().double().reshape(-1) for name in SUMMED])
+    def add(self, metrics: DSparkStepMetrics, *, num_tokens: int) -> None:
+        sums = [getattr(metrics, name).detach().double().reshape(-1) for name in SUMMED]
+        parts = torch.cat([*sums, sums[0].new_full((1,), num_tokens)])
         self._sum = parts if self._sum is None else self._sum + parts
 
     def reduce(self, ranks: Ranks) -> None:
@@ -49,13 +50,14 @@ class StepTotals:
         ranks.sum_(self._sum)
 
     def sums(self) -> dict[str, torch.Tensor]:
-        """Each sum by its name in `DSparkStepMetrics`, on the CPU."""
+        """Each sum by its name in `DSparkStepMetrics`, and `num_tokens`, on the CPU."""
         if self._sum is None:
             raise AssertionError("a step without a micro-batch")
         total = self._sum.cpu()
-        block_size = (len(total) - len(SUMMED) + len(PER_SLOT)) // len(PER_SLOT)
-        parts = torch.split(total, [block_size if name in PER_SLOT else 1 for name in SUMMED])
-        return {name: part if name in PER_SLOT else part.squeeze(0) for name, part in zip(SUMMED, parts, strict=True)}
+        names = (*SUMMED, "num_tokens")
+        block_size = (len(total) - len(names) + len(PER_SLOT)) // len(PER_SLOT)
+        parts = torch.split(total, [block_size if name in PER_SLOT else 1 for name in names])
+        return {name: part if name in PER_SLOT else part.squeeze(0) for name, part in zip(names, parts, strict=True)}
 
     def ratios(self) -> dict[str, Any]:
         """Losses, tau, and acceptance by slot, each the ratio of its sums; 0 where nothing was supervised."""

@@ -86,6 +86,10 @@ class DSparkLayer(nn.Module):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    def context_key_value(self, context_BSD: torch.Tensor, rope: Rope) -> KeyValue:
+        """`DSparkAttention.key_value` of the context; a method of the layer for the hooks that gather its weights."""
+        return self.self_attn.key_value(context_BSD, rope)
+
     def forward(
         self, states_BQD: torch.Tensor, rope: Rope, context: KeyValue, mask: torch.Tensor | None
     ) -> torch.Tensor:
@@ -161,6 +165,17 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
                 )
             own.weight.copy_(given)
 
+    @torch.no_grad()
+    def keep_target_head_in(self, dtype: torch.dtype) -> None:
+        """Keep the target's embedding and head in `dtype`, each only where that loses nothing.
+
+        Autocast casts a weight that needs no gradient anew for every product.
+        """
+        for module in (self.embed_tokens, self.lm_head):
+            narrow = module.weight.to(dtype)
+            if torch.equal(narrow.to(module.weight.dtype), module.weight):
+                module.weight = nn.Parameter(narrow, requires_grad=False)
+
     def project_context(self, target_hidden_BSX: torch.Tensor) -> torch.Tensor:
         """The target's layers [B, S, L*D], side by side in ascending id order, as every layer's context [B, S, D]."""
         if not torch.is_autocast_enabled(target_hidden_BSX.device.type):
@@ -171,7 +186,7 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
     def context_key_values(self, context_BSD: torch.Tensor, positions_BS: torch.Tensor) -> list[KeyValue]:
         """Keys and values of the context for each draft layer, [B, G, S, E]: what a draft KV cache holds."""
         rope = self.rotary_emb(context_BSD, positions_BS)
-        return [cast(DSparkLayer, layer).self_attn.key_value(context_BSD, rope) for layer in self.layers]
+        return [cast(DSparkLayer, layer).context_key_value(context_BSD, rope) for layer in self.layers]
 
     def run_blocks(
         self,
@@ -182,6 +197,8 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
     ) -> torch.Tensor:
         """h, the state after the final norm, of each slot: [B, Q, D]. `mask` as in `attend_dense`."""
         states_BQD = self.embed_tokens(block_ids_BQ)
+        if torch.is_autocast_enabled(states_BQD.device.type):  # layers add to it, in float32 as autocast's norms do
+            states_BQD = at_least_float32(states_BQD)
         rope = self.rotary_emb(states_BQD, positions_BQ)
         for layer, key_value in zip(self.layers, context, strict=True):
             states_BQD = layer(states_BQD, rope, key_value, mask)

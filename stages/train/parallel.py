@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import GradBucket
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -30,6 +31,8 @@ from stages.train.settings import TrainSection
 # a shard, or while a rank computes its last shard of an extraction. A hung rank is given up after it (assumption).
 PATIENCE = timedelta(minutes=30)
 
+CPU = torch.device("cpu")
+
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -43,7 +46,7 @@ class RankError(StageError, RuntimeError):
 class Ranks:
     """This process among those of a training. Alone, every operation is the identity."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     rank: int = 0
     world: int = 1
     is_joined: bool = False
@@ -262,7 +265,7 @@ def _shard(module: DSparkTrainerModule, *, ranks: Ranks, dtype: str) -> None:
             part.set_gradient_divide_factor(1.0)
 
 
-def _sum_gradients(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum_gradients(_state: None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """DDP's reduction of a bucket: the sum, where its own would be the mean."""
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return cast("torch.futures.Future[torch.Tensor]", future.then(lambda done: done.value()[0]))

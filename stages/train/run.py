@@ -5,7 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from stages.device import choose_device
 from stages.errors import SettingError
 from stages.train.checkpoint import (
     CheckpointError,
@@ -31,12 +30,16 @@ from stages.train.metrics import MetricsLog
 from stages.train.model import Qwen3DSparkModel
 from stages.train.module import DSparkTrainerModule
 from stages.train.order import plan_schedule, resolve_window
-from stages.train.parallel import Ranks
+from stages.train.parallel import ALONE, Ranks, wrap
 from stages.train.settings import DraftSection, ObjectiveSection, TrainSection
 from storage import CacheReader
 
-# Settings that may differ between a run and its resume: they change no weight.
-FREE_TRAIN_KEYS = {"run_dir", "device", "validate_every", "checkpoint_every", "keep_last"}
+# Settings that may differ between a run and its resume: they change no weight, or only in how a sum is rounded, as
+# another device or another number of ranks does.
+FREE_TRAIN_KEYS = {
+    "run_dir", "device", "parallel", "compile", "activation_checkpointing",
+    "validate_every", "checkpoint_every", "keep_last",
+}  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +94,9 @@ def train(
     objective: ObjectiveSection,
     train: TrainSection,
     validate: Validate | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
-    """Train a draft, or finish the training that `train.run_dir` holds.
+    """Train a draft, or finish the training that `train.run_dir` holds. All ranks call it with the same arguments.
 
     `reader` gives the layers that the draft sees. `validate` is called with the module at intervals, and what it
     returns is logged. The draft that servers load is written to RUN/draft when the last step is done.
@@ -104,28 +108,29 @@ def train(
     schedule = plan_schedule(train, num_samples=len(reader.split_indices("train")))
     train = resolve_window(train, is_remote=reader.is_remote)
     made_from = describe_inputs(reader, draft=draft, objective=objective, train=train)
-    with _exclusive(train.run_dir):
+    with ExitStack() as held:
+        ranks.on_first(lambda: held.enter_context(_exclusive(train.run_dir)))
         # 2. Model, optimizer, and the newest checkpoint.
-        device = choose_device(train.device)
-        model = build_draft(draft, reader, seed=train.seed).to(device)
-        module = DSparkTrainerModule(model, **objective_arguments(objective))
+        model = build_draft(draft, reader, seed=train.seed)
+        if train.dtype == "bfloat16":
+            model.keep_target_head_in(torch.bfloat16)
+        module = wrap(DSparkTrainerModule(model, **objective_arguments(objective)), ranks=ranks, train=train)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
-        start = _resume(train.run_dir, made_from=made_from, model=model, optimizer=optimizer)
+        start = _resume(train.run_dir, made_from=made_from, model=model, optimizer=optimizer, ranks=ranks)
         draft_dir = train.run_dir / "draft"
-        check_folder(draft_dir)
+        ranks.on_first(lambda: check_folder(draft_dir))
         if start == schedule.num_steps:  # written anew all the same: nothing says that the one there is whole
-            save_draft(draft_dir, draft_model=model, dtype=getattr(torch, train.dtype))
+            save_draft(draft_dir, draft_model=model, dtype=getattr(torch, train.dtype), ranks=ranks)
             return TrainResult(draft_dir=draft_dir, num_steps=start, was_complete=True)
         # 3. Steps.
         if start:
             logger.info("continuing behind step %d of %d", start, schedule.num_steps)
-        log = MetricsLog(train.run_dir, resume_step=start)
+        log = MetricsLog(train.run_dir, resume_step=start) if ranks.is_first else None
         try:
-            ranks = Ranks(device=device)
             stepper = Stepper(module=module, optimizer=optimizer, train=train, ranks=ranks)
             feed = BatchFeed(
-                reader=reader, train=train, num_anchors=draft.num_anchors, device=device,
+                reader=reader, train=train, num_anchors=draft.num_anchors, device=ranks.device,
                 rank=ranks.rank, world=ranks.world,
             )  # fmt: skip
             for done in run_steps(stepper, feed, schedule=schedule, start=start, log=log, validate=validate):
@@ -134,11 +139,13 @@ def train(
                     save_checkpoint(
                         train.run_dir / "checkpoints",
                         state=state, draft_model=model, optimizer=optimizer, keep_last=train.keep_last,
+                        ranks=ranks,
                     )  # fmt: skip
         finally:
-            log.close()
+            if log is not None:
+                log.close()
         # 4. The draft that servers load.
-        save_draft(draft_dir, draft_model=model, dtype=getattr(torch, train.dtype))
+        save_draft(draft_dir, draft_model=model, dtype=getattr(torch, train.dtype), ranks=ranks)
     return TrainResult(draft_dir=draft_dir, num_steps=schedule.num_steps, was_complete=False)
 
 
@@ -165,13 +172,28 @@ def describe_inputs(
 
 
 def _resume(
-    run_dir: Path, *, made_from: dict[str, Any], model: Qwen3DSparkModel, optimizer: torch.optim.Optimizer
+    run_dir: Path,
+    *,
+    made_from: dict[str, Any],
+    model: Qwen3DSparkModel,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
 ) -> int:
-    """Load the newest whole checkpoint, if there is one; the number of steps that are done."""
-    found = find_checkpoint(run_dir / "checkpoints")
+    """Load the newest whole checkpoint, if there is one; the number of steps that are done. Rank 0 chooses for all."""
+    found = ranks.on_first(lambda: _find_start(run_dir, made_from=made_from))
     if found is None:
         return 0
     folder, state = found
+    load_checkpoint(folder, draft_model=model, optimizer=optimizer, ranks=ranks)
+    return state.step
+
+
+def _find_start(run_dir: Path, *, made_from: dict[str, Any]) -> tuple[Path, TrainerState] | None:
+    """The checkpoint to continue from, if there is one. Raises CheckpointError for a run of other inputs."""
+    found = find_checkpoint(run_dir / "checkpoints")
+    if found is None:
+        return None
+    _, state = found
     keys = sorted(set(made_from) | set(state.made_from))
     differing = [key for key in keys if made_from.get(key) != state.made_from.get(key)]
     if differing:
@@ -180,8 +202,7 @@ def _resume(
             "\n".join([f"{run_dir} holds a run made from something else:", *lines])
             + "\nset train.run_dir to a new folder, or restore these settings to continue"
         )
-    load_checkpoint(folder, draft_model=model, optimizer=optimizer)
-    return state.step
+    return found
 
 
 @contextmanager
