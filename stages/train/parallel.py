@@ -238,8 +238,9 @@ def _prepare_layer(layer: nn.Module, *, compiled: bool, checkpointed: bool) -> N
 def _shard(module: DSparkTrainerModule, *, ranks: Ranks, dtype: str) -> None:
     """FSDP2: each layer a unit, the rest another. The target's embedding and head are frozen, and whole on each rank.
 
-    For bfloat16, weights are gathered in it and gradients summed in float32. Autocast stays on all the same, so that
-    the residual stream is float32 and inputs are cast where a product needs it, as with one process.
+    For bfloat16, the layers' weights are gathered in it and their gradients summed in float32. The small rest, whose
+    embedding and norms would lose by it, is gathered in float32. Autocast stays on: the residual stream is float32,
+    and inputs are cast where a product needs it, as with one process.
     """
     model = module.draft_model
     frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
@@ -249,14 +250,11 @@ def _shard(module: DSparkTrainerModule, *, ranks: Ranks, dtype: str) -> None:
         "mesh": init_device_mesh(ranks.device.type, (ranks.world,)),
         "ignored_params": frozen,
     }
+    policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":
-        options["mp_policy"] = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.layers:
-        fully_shard(layer, **options)
-        if hasattr(layer, "context_key_value"):
-            register_fsdp_forward_method(layer, "context_key_value")
+        fully_shard(layer, mp_policy=policy, **options)
     fully_shard(module, **options)
     register_fsdp_forward_method(module, "score")
     for part in module.modules():
