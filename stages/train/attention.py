@@ -96,7 +96,7 @@ class GroupedAttention:
     def __init__(self, ranges: BlockRanges, query_slots: torch.Tensor | None = None) -> None:
         self._groups = list(_plan_groups(ranges, query_slots))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its groups differ from batch to batch, and a compiled layer would be one of each
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its groups are of one batch
     def __call__(self, query: torch.Tensor, context: KeyValue, block: KeyValue) -> torch.Tensor:
         outputs = []
         for group in self._groups:

@@ -6,6 +6,7 @@ averaged, so a step is that of one process with all the micro-batches. Rank 0 re
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -105,6 +106,8 @@ def join_ranks(train: TrainSection) -> Iterator[Ranks]:
     """
     rank, world = read_ranks()
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if os.environ.get("MASTER_PORT") == "0":  # torchrun's own store takes any free port, but tells nobody which
+        missing.append("MASTER_PORT but 0")
     if missing and train.parallel != "auto":
         raise SettingError(
             f'train.parallel: "{train.parallel}" is for processes that torchrun starts: '
@@ -112,7 +115,8 @@ def join_ranks(train: TrainSection) -> Iterator[Ranks]:
         )
     if missing and world > 1:
         raise SettingError(
-            f"WORLD_SIZE = {world} in the environment, but no {', '.join(missing)}: start with torchrun, or unset it"
+            f"WORLD_SIZE = {world} in the environment, but no {', '.join(missing)}: start with torchrun, which on one "
+            "machine finds a port by --standalone, or unset WORLD_SIZE"
         )
     device = choose_device(train.device)
     if world == 1 and train.parallel == "auto":
@@ -152,12 +156,14 @@ def wrap(module: DSparkTrainerModule, *, ranks: Ranks, train: TrainSection) -> n
     module.to(ranks.device)
     if not ranks.is_joined:
         return module
-    wrapped = DistributedDataParallel(
-        module,
-        device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-        broadcast_buffers=False,  # they are constants
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer releases have another name for broadcast_buffers
+        wrapped = DistributedDataParallel(
+            module,
+            device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+            broadcast_buffers=False,  # they are constants
+            gradient_as_bucket_view=True,
+        )
     wrapped.register_comm_hook(None, _sum_gradients)
     return wrapped
 
