@@ -241,7 +241,7 @@ def test_a_killed_rank_ends_the_job_and_the_command_line_continues_it(
         worker = find_worker(file, 1)
         assert worker is not None, log.read_text()
         os.kill(worker, signal.SIGKILL)
-        assert process.wait(timeout=60) != 0
+        assert process.wait(timeout=120) != 0
     finally:
         process.kill()
     done = len(rows(config))
@@ -249,7 +249,7 @@ def test_a_killed_rank_ends_the_job_and_the_command_line_continues_it(
     assert not (config.train.run_dir / "draft").exists()
     process = torchrun(*command, log=log)
     try:
-        assert process.wait(timeout=120) == 0, log.read_text()
+        assert process.wait(timeout=300) == 0, log.read_text()
     finally:
         process.kill()
     text = log.read_text()
@@ -265,7 +265,7 @@ def test_a_rank_that_hangs_ends_the_job(folder: Path, tmp_path: Path) -> None:
     file = write_config(trial(folder, tmp_path / "run", train__parallel="ddp"), tmp_path / "config.toml")
     process = torchrun(ROOT / "tests" / "rank_worker.py", file, log=tmp_path / "log", HANG="1")
     try:
-        assert process.wait(timeout=90) != 0
+        assert process.wait(timeout=120) != 0
     finally:
         process.kill()
     text = (tmp_path / "log").read_text()
