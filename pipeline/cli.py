@@ -225,15 +225,18 @@ def inspect(config: Path | str, overrides: tuple[str, ...], as_json: bool) -> No
 @_with_config
 @click.option("--extract/--no-extract", "extract_missing", default=False, help="First extract what the cache lacks.")
 @click.option("--evaluate/--no-evaluate", "then_evaluate", default=True, help="Evaluate the draft at the end.")
-def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_evaluate: bool) -> None:
-    """Train a draft from the cache; continues where an earlier run stopped."""
+@click.option("--profile", "profiled", is_flag=True, help="Write a trace of a few steps to RUN/profile.")
+def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_evaluate: bool, profiled: bool) -> None:
+    """Train a draft from the cache; continues where an earlier run stopped.
+
+    SIGTERM, or Ctrl-C, ends it behind the step in progress with a checkpoint; a second one at once.
+    """
     from pipeline import stage_two
 
     settings = _load(config, overrides)
     if extract_missing and not stage_two.is_imported(settings):
         _extract(settings)
-    _train(settings)
-    if then_evaluate:
+    if _train(settings, profiled=profiled) and then_evaluate:
         _evaluate(settings)
 
 
@@ -254,7 +257,9 @@ def sweep(config: Path, overrides: tuple[str, ...]) -> None:
     trials = list(plan_trials(_load(config, overrides)))
     for number, trial in enumerate(trials, start=1):
         console.print(f"trial {number} of {len(trials)}: {trial.train.run_dir}", markup=False)
-        _train(trial)
+        if not _train(trial):
+            console.print(f"the sweep stops in trial {number} of {len(trials)}", markup=False)
+            return
         _evaluate(trial)
     show.runs(console, [trial.train.run_dir for trial in trials])
 
@@ -310,17 +315,21 @@ def _extract(settings: Config, *, share: Share = ALONE) -> None:
     show.extraction(console, result)
 
 
-def _train(settings: Config) -> None:
+def _train(settings: Config, *, profiled: bool = False) -> bool:
+    """Train, and say what came of it; False if it was asked to stop, so that nothing is to follow."""
     from pipeline import stage_two
 
     run_dir = settings.train.run_dir
     if not (run_dir / "checkpoints").exists():  # a refused resume must not overwrite what the run was made from
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.toml").write_text(to_toml(settings), encoding="utf-8")
-    result = stage_two.train_draft(settings)
+    result = stage_two.train_draft(settings, profiled=profiled)
+    if result.was_stopped:
+        return False
     if result.was_complete:
         console.print(f"{run_dir} is trained already ({result.num_steps} steps); set train.run_dir for a new run")
     console.print(f"draft: {result.draft_dir}", markup=False)
+    return True
 
 
 def _evaluate(settings: Config, *, draft: Path | None = None) -> None:

@@ -21,12 +21,12 @@ from stages.extract.settings import CacheSection
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
 from stages.train.batches import gather_batch, plan_batches
 from stages.train.checkpoint import save_draft
+from stages.train.interrupt import StopRequest, stop_on_signals
 from stages.train.loop import compute_dtype
 from stages.train.module import SlotScores
 from stages.train.run import TrainResult, objective_arguments, train
+from stages.train.warm_start import COMPARED_ROWS, same_rows
 from storage import CacheIdentity, CacheReader, check_identity
-
-COMPARED_ROWS = 256  # of the embeddings of draft and target; no two trained targets share so many
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +101,20 @@ def _wanted_import(settings: Settings, known: dict[str, Any], *, cached: CacheId
     return cached.model_copy(update={name: known[name] for name in known.keys() - set(UNKNOWN_FIELDS)})
 
 
-def train_draft(config: Config) -> TrainResult:
-    """Train the config's draft, or finish the training that its run folder holds."""
+def train_draft(config: Config, *, profiled: bool = False) -> TrainResult:
+    """Train the config's draft, or finish the training that its run folder holds.
 
+    SIGTERM and Ctrl-C end it behind the step in progress, with a checkpoint; see `TrainResult.was_stopped`.
+    """
+    with stop_on_signals() as stop:
+        return _train_draft(config, stop=stop, profiled=profiled)
+
+
+def _train_draft(config: Config, *, stop: StopRequest, profiled: bool) -> TrainResult:
     reader = open_cache(config, layers=config.draft.target_layer_ids)
 
     def validate(module: DSparkTrainerModule) -> dict[str, Any]:
-        return _score_split(config, module, reader=reader).to_json()
+        return _score_split(config, module, reader=reader, stop=stop).to_json()
 
     has_validation = len(reader.split_indices("validation")) > 0
     if not has_validation:
@@ -118,6 +125,8 @@ def train_draft(config: Config) -> TrainResult:
         objective=config.objective,
         train=config.train,
         validate=validate if has_validation else None,
+        stop=stop,
+        profiled=profiled,
     )
 
 
@@ -138,9 +147,8 @@ def _check_same_target(model: Qwen3DSparkModel, reader: CacheReader, *, draft_di
     with safe_open(reader.check_target("head.safetensors") / "head.safetensors", framework="pt") as head:
         rows = head.get_slice("embed_tokens.weight")
         own = model.embed_tokens.weight
-        stored = rows[:COMPARED_ROWS].float()
         same_shape = list(rows.get_shape()) == list(own.shape)
-        if not same_shape or not torch.allclose(stored, own[:COMPARED_ROWS].float(), rtol=1e-2, atol=1e-3):
+        if not same_shape or not same_rows(rows[:COMPARED_ROWS], own[:COMPARED_ROWS]):
             raise SettingError(
                 f"{draft_dir}: this draft was trained for another target than that of {reader.path}: their "
                 "embeddings differ; evaluate it on the cache that it was trained from"
@@ -163,14 +171,16 @@ def evaluated_indices(config: Config, reader: CacheReader) -> np.ndarray:
     return indices[np.argsort(reader.sample_ids[indices], kind="stable")][: config.evaluate.max_samples]
 
 
-def _score_split(config: Config, module: DSparkTrainerModule, *, reader: CacheReader) -> CacheEvaluation:
-    return evaluate_scores(
-        _iterate_scores(config, module, reader=reader), block_size=module.draft_model.config.block_size
-    )
+def _score_split(
+    config: Config, module: DSparkTrainerModule, *, reader: CacheReader, stop: StopRequest | None = None
+) -> CacheEvaluation:
+    """Raises StopAskedError once `stop` is asked for."""
+    scores = _iterate_scores(config, module, reader=reader, stop=stop or StopRequest())
+    return evaluate_scores(scores, block_size=module.draft_model.config.block_size)
 
 
 def _iterate_scores(
-    config: Config, module: DSparkTrainerModule, *, reader: CacheReader
+    config: Config, module: DSparkTrainerModule, *, reader: CacheReader, stop: StopRequest
 ) -> Iterator[tuple[int, SlotScores]]:
     """Scores of one validation sample at a time, in the order of sample ids."""
     device = next(module.parameters()).device
@@ -181,6 +191,7 @@ def _iterate_scores(
     was_training = module.training
     module.eval()
     for batch in batches:
+        stop.check()
         with compute_dtype(device, config.train.dtype):
             scores = module.score(**gather_batch(reader, batch, device=device))
         yield batch.sample_ids[0], scores

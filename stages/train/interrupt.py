@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import torch
@@ -86,7 +86,5 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 def _say(text: str) -> None:
     """Write to standard error past its buffer, which the interrupted code may be writing to."""
-    try:
+    with suppress(OSError):  # closed: nobody reads it
         os.write(2, text.encode())
-    except OSError:
-        pass  # closed: nobody reads it

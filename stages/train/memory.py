@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from transformers import Qwen3Config
 from stages.errors import SettingError
 from stages.train.model import Qwen3DSparkModel
 from stages.train.order import Schedule, plan_epoch, plan_micro_batches
-from stages.train.settings import DraftSection, TrainSection
+from stages.train.settings import TrainSection
 from storage import CacheReader
 
 FLOAT32_BYTES = 4
@@ -79,21 +80,20 @@ class MemoryEstimate:
         return ", ".join(f"{name} {format_bytes(size)}" for name, size in asdict(self).items())
 
 
-def largest_batch(
-    reader: CacheReader, train: TrainSection, *, schedule: Schedule, draft: DraftSection, config: Qwen3Config
-) -> BatchShape:
+def largest_batch(reader: CacheReader, train: TrainSection, *, schedule: Schedule, config: Qwen3Config) -> BatchShape:
     """The micro-batch of the first epoch that takes the most memory; lengths and masks are known from the index."""
     indices = reader.split_indices("train")
     tokens = reader.num_tokens[indices].astype(np.int64)
-    anchors = np.clip(reader.num_supervised[indices].astype(np.int64) - 1, 0, draft.num_anchors)
+    anchors = np.clip(reader.num_supervised[indices].astype(np.int64) - 1, 0, config.num_anchors)
     order = plan_epoch(len(indices), seed=train.seed, epoch=0)
-    shapes = [(int(tokens[longest]), int(anchors[longest])) for longest in (int(tokens.argmax()),)]
+    longest = int(tokens.argmax())
+    shapes = [(int(tokens[longest]), int(anchors[longest]))]
     for step in range(min(schedule.steps_per_epoch, math.ceil(PLANNED_SAMPLES / schedule.global_batch_size))):
         chosen = schedule.batch(step, order)
         for row in plan_micro_batches(tokens[chosen].tolist(), max_batch_tokens=train.max_batch_tokens):
             rows = chosen[row.start : row.stop]
             shapes.append((int(tokens[rows].sum()), int(anchors[rows].sum())))
-    largest = max(set(shapes), key=lambda shape: _activation_bytes(config, *shape, dtype=train.dtype))
+    largest = max(set(shapes), key=partial(_weigh, config, train.dtype))
     return BatchShape(num_tokens=largest[0], num_anchors=largest[1])
 
 
@@ -182,8 +182,12 @@ def format_bytes(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
+def _weigh(config: Qwen3Config, dtype: str, shape: tuple[int, int]) -> int:
+    return _activation_bytes(config, *shape, dtype=dtype, num_kept_layers=config.num_hidden_layers)
+
+
 def _activation_bytes(
-    config: Qwen3Config, num_tokens: int, num_anchors: int, *, dtype: str, num_kept_layers: int | None = None
+    config: Qwen3Config, num_tokens: int, num_anchors: int, *, dtype: str, num_kept_layers: int
 ) -> int:
     """What forward and backward keep, counted operation by operation from the layers as they are written.
 
@@ -195,17 +199,18 @@ def _activation_bytes(
     hidden, width = config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     slots = num_anchors * config.block_size
-    kept = config.num_hidden_layers if num_kept_layers is None else num_kept_layers
     norm = 2 * FLOAT32_BYTES
     a_slot = hidden * (2 * norm + (5 * e if half else 2 * e)) + (queries + keys) * (norm + e) + 4 * width * e
     a_slot += 4 * queries * e
     a_token = keys * (norm + e) + 2 * queries * e + (2 * hidden * e if half else 0)
     once = num_tokens * hidden * (3 * FLOAT32_BYTES + (0 if half else len(config.target_layer_ids) * e))
     once += slots * hidden * 5 * FLOAT32_BYTES
-    in_layers = config.num_hidden_layers - kept  # of these only the input is kept
+    recomputed = config.num_hidden_layers - num_kept_layers  # of these only the input is kept
     backward = slots * (max(3 * width, 4 * queries) * e + 4 * hidden * FLOAT32_BYTES)
     backward += num_tokens * (4 * queries * e + 3 * hidden * FLOAT32_BYTES)
-    return once + backward + kept * (slots * a_slot + num_tokens * a_token) + in_layers * slots * hidden * FLOAT32_BYTES
+    once += recomputed * slots * hidden * FLOAT32_BYTES
+    total: int = once + backward + num_kept_layers * (slots * a_slot + num_tokens * a_token)
+    return total
 
 
 def _size_of(dtype: str) -> int:

@@ -38,7 +38,9 @@ class NonFiniteLossError(StageError, RuntimeError):
         self.batch = batch
 
 
-def find_culprit(losses: list[torch.Tensor], batches: list[PlannedBatch], *, is_first_rank: bool) -> PlannedBatch | None:
+def find_culprit(
+    losses: list[torch.Tensor], batches: list[PlannedBatch], *, is_first_rank: bool
+) -> PlannedBatch | None:
     """The first of this rank's micro-batches whose loss, a scalar each, is not finite.
 
     If all are finite, it is the first rank's last one, and none of another rank: the gradient of which one is to blame
@@ -62,7 +64,9 @@ def keep_batch(feed: BatchFeed, step: PlannedStep, *, folder: Path) -> Iterator[
         try:
             file = save_batch(feed, step, error.batch, file=folder / f"{name}.safetensors", problem=str(error))
         except OSError as disk:
-            raise NonFiniteLossError(f"{error}. The micro-batch could not be saved: {disk}", batch=error.batch) from error
+            raise NonFiniteLossError(
+                f"{error}. The micro-batch could not be saved: {disk}", batch=error.batch
+            ) from error
         raise NonFiniteLossError(f"{error}. Their micro-batch is saved in {file}", batch=error.batch) from error
 
 

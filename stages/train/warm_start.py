@@ -65,9 +65,7 @@ def load_initial_weights(model: Qwen3DSparkModel, folder: Path) -> list[str]:
     own = model.state_dict()
     for name, tensor in taken.items():
         own[name].copy_(tensor)
-    logger.info(
-        "weights from %s: %d tensors; fresh: %s", folder, len(taken), ", ".join(fresh) if fresh else "none"
-    )
+    logger.info("weights from %s: %d tensors; fresh: %s", folder, len(taken), ", ".join(fresh) if fresh else "none")
     return fresh
 
 
@@ -76,9 +74,7 @@ def same_rows(stored: torch.Tensor, own: torch.Tensor) -> bool:
     return stored.shape == own.shape and torch.allclose(stored.float(), own.float().cpu(), rtol=1e-2, atol=1e-3)
 
 
-def _compare(
-    model: Qwen3DSparkModel, config: Qwen3Config, shapes: dict[str, list[int]]
-) -> tuple[list[str], list[str]]:
+def _compare(model: Qwen3DSparkModel, config: Qwen3Config, shapes: dict[str, list[int]]) -> tuple[list[str], list[str]]:
     """Names that start fresh, and a line for each difference that is none by design."""
     fresh, problems = [], []
     for field in COMPARED_FIELDS:
@@ -102,7 +98,7 @@ def _may_start_fresh(name: str, config: Qwen3Config, shapes: dict[str, list[int]
     a Markov embedding which the old draft did not have."""
     kind, _, rest = name.partition(".")
     if kind == "layers":
-        return int(rest.partition(".")[0]) >= config.num_hidden_layers
+        return int(rest.partition(".")[0]) >= int(config.num_hidden_layers)
     has_markov = any(other.startswith("markov_head.") for other in shapes)
     if kind == "confidence_head":
         return name not in shapes or not has_markov
@@ -110,7 +106,7 @@ def _may_start_fresh(name: str, config: Qwen3Config, shapes: dict[str, list[int]
 
 
 def _kept(fresh: list[str]) -> set[str]:
-    """Tensors that are not copied: the fresh ones, and the target's own, which came from the cache in full precision."""
+    """Tensors that are not copied: the fresh ones, and the target's own, which the cache has in full precision."""
     return {*fresh, *TARGET_TENSORS}
 
 
