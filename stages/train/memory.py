@@ -1,6 +1,6 @@
 """What a training takes of the device's memory, from config and shapes alone, before anything is allocated.
 
-The least is certain: weights, gradients, AdamW's averages and one chunk of the objective. A run whose least is not free
+The least is certain: weights, AdamW's averages, and gradients or one chunk of the objective. A run whose least is not free
 is refused. Activations are estimated from what each operation of a layer keeps for its backward pass; a run of which
 only the whole estimate does not fit is warned about, since it may fit all the same.
 
@@ -67,13 +67,13 @@ class MemoryEstimate:
 
     @property
     def least(self) -> int:
-        """What every run of this config takes."""
-        return self.weights + self.gradients + self.adamw + self.objective
+        """What every run of this config takes. A step of one micro-batch has its gradients only behind the chunk."""
+        return self.weights + self.adamw + max(self.gradients, self.objective)
 
     @property
     def total(self) -> int:
         """The whole estimate."""
-        return self.least + self.activations + self.batches
+        return sum(asdict(self).values())
 
     def describe(self) -> str:
         """Every part, in one line."""

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from stages.errors import StageError
 from stages.train.batches import PlannedBatch, gather_batch
 from stages.train.feed import BatchFeed, PlannedStep
 from stages.train.module import DSparkStepMetrics, DSparkTrainerModule
+from storage import CacheError
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ def keep_batch(feed: BatchFeed, step: PlannedStep, *, folder: Path) -> Iterator[
         name = f"step_{step.step + 1:08d}" + (f".rank{feed.rank}" if feed.world > 1 else "")
         try:
             file = save_batch(feed, step, error.batch, file=folder / f"{name}.safetensors", problem=str(error))
-        except OSError as disk:
+        except (OSError, SafetensorError, CacheError) as disk:
             raise NonFiniteLossError(
                 f"{error}. The micro-batch could not be saved: {disk}", batch=error.batch
             ) from error

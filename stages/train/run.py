@@ -179,10 +179,11 @@ def train(
         # 5. The draft that servers load; written anew for a run that was complete: nothing says that it is whole.
         if done == schedule.num_steps:
             save_draft(draft_dir, draft_model=model, dtype=getattr(torch, train.dtype))
-    if stop.agreed:
+        was_stopped = stop.agree(ranks)  # also while the last files were written
+    if was_stopped:
         logger.info("%s", _describe_stop(stop, checkpoints, done=done, num_steps=schedule.num_steps))
     return TrainResult(
-        draft_dir=draft_dir, num_steps=done, was_complete=start == schedule.num_steps, was_stopped=stop.agreed
+        draft_dir=draft_dir, num_steps=done, was_complete=start == schedule.num_steps, was_stopped=was_stopped
     )
 
 

@@ -15,6 +15,7 @@ from transformers import Qwen3Config
 from stages.errors import SettingError
 from stages.train.model import Qwen3DSparkModel
 
+CONFIDENCE_WEIGHT = "confidence_head.proj.weight"
 TARGET_TENSORS = ("embed_tokens.weight", "lm_head.weight")
 # Fields that no tensor's shape shows, and without which the weights mean something else.
 COMPARED_FIELDS = ("target_layer_ids", "mask_token_id", "rope_parameters", "num_attention_heads", "head_dim")
@@ -82,8 +83,9 @@ def _compare(model: Qwen3DSparkModel, config: Qwen3Config, shapes: dict[str, lis
         if old != new:
             problems.append(f"  {field}: it has {old}, this draft {new}")
     own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    sees_other = own.get(CONFIDENCE_WEIGHT) != shapes.get(CONFIDENCE_WEIGHT)  # then its bias means nothing either
     for name, shape in own.items():
-        if shapes.get(name) == shape:
+        if shapes.get(name) == shape and not (sees_other and name.startswith("confidence_head.")):
             continue
         if name not in TARGET_TENSORS and _may_start_fresh(name, config, shapes):
             fresh.append(name)
