@@ -43,7 +43,7 @@ def draft_config(*, hidden: int, width: int, heads: int, layers: int, target_lay
     )
 
 
-WIDE = draft_config(hidden=768, width=3072, heads=8, layers=3, target_layers=3, vocab=512)
+WIDE = draft_config(hidden=640, width=2560, heads=8, layers=2, target_layers=3, vocab=512)
 NARROW = draft_config(hidden=256, width=512, heads=4, layers=2, target_layers=5, vocab=300)
 CASES = [
     ("mostly weights", WIDE, BatchShape(num_tokens=256, num_anchors=16), "bfloat16"),

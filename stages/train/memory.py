@@ -1,8 +1,8 @@
 """What a training takes of the device's memory, from config and shapes alone, before anything is allocated.
 
-The least is certain: weights, AdamW's averages, and gradients or one chunk of the objective. A run whose least is not free
-is refused. Activations are estimated from what each operation of a layer keeps for its backward pass; a run of which
-only the whole estimate does not fit is warned about, since it may fit all the same.
+The least is certain: weights, AdamW's averages, and gradients or one chunk of the objective. A run whose least is not
+free is refused. Activations are estimated from what each operation of a layer keeps for its backward pass; a run of
+which only the whole estimate does not fit is warned about, since it may fit all the same.
 
 Symbols: S tokens and Q = A*K slots of the largest micro-batch, D hidden, I MLP width, H*E and G*E widths of queries and
 keys, e bytes of the compute dtype.
