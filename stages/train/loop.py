@@ -75,7 +75,8 @@ class Stepper:
         norm = self._scale_gradients(float(sums["loss_den"]))
         if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
-            culprit = find_culprit(losses, planned, is_first_rank=self.ranks.rank == 0)
+            only_gradient = math.isfinite(row["loss"])
+            culprit = find_culprit(losses, planned, or_last=only_gradient and self.ranks.rank == 0)
             raise NonFiniteLossError(
                 f"the loss is {row['loss']} and the gradient's norm {norm} on samples "
                 f"{list(culprit.sample_ids) if culprit else 'of another rank'}; no weight was changed by this step. "

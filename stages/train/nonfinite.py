@@ -40,18 +40,16 @@ class NonFiniteLossError(StageError, RuntimeError):
         self.batch = batch
 
 
-def find_culprit(
-    losses: list[torch.Tensor], batches: list[PlannedBatch], *, is_first_rank: bool
-) -> PlannedBatch | None:
+def find_culprit(losses: list[torch.Tensor], batches: list[PlannedBatch], *, or_last: bool) -> PlannedBatch | None:
     """The first of this rank's micro-batches whose loss, a scalar each, is not finite.
 
-    If all are finite, it is the first rank's last one, and none of another rank: the gradient of which one is to blame
-    is not known.
+    If all are finite, another rank has it, or only a gradient is not: which one's cannot be told. `or_last` then takes
+    the last micro-batch.
     """
     bad = (~torch.stack(losses).isfinite()).nonzero()
     if len(bad):
         return batches[int(bad[0])]
-    return next((batch for batch in reversed(batches) if batch.indices), None) if is_first_rank else None
+    return next((batch for batch in reversed(batches) if batch.indices), None) if or_last else None
 
 
 @contextmanager
