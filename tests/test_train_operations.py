@@ -432,7 +432,7 @@ def test_a_batch_that_cannot_be_kept_does_not_hide_the_error(cached: Path, tmp_p
 
 
 def test_the_memory_estimate_holds_against_a_measured_peak() -> None:
-    """Within a factor of 1.35 (measured: estimates of 0.82 to 1.13 times the peak); the least is below the peak."""
+    """Within a factor of 1.35 (measured: estimates of 0.88 to 1.13 times the peak); the least is below the peak."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, str(ROOT / "tests" / "memory_probe.py")]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
@@ -457,22 +457,22 @@ def test_the_certain_parts_are_what_the_tensors_take(cached: Path, trained: Path
     assert halved.adamw == pytest.approx(estimate.adamw / 2, abs=8)
     assert halved.activations <= estimate.activations
     cuda = estimate_memory(draft, shape, dtype="bfloat16", device=torch.device("cuda"))
-    assert cuda.objective == shape.num_anchors * 4 * 4096 * 32, "a batch that needs less than the budget takes less"
+    assert cuda.objective == shape.num_anchors * 4 * 4096 * 16, "a batch that needs less than the budget takes less"
 
 
 def test_the_largest_micro_batch_is_found(cached: Path) -> None:
     config = make_config(cached, train__max_batch_tokens=500)
     reader = open_cache(config, layers=None)
     schedule = plan_schedule(config.train, num_samples=len(reader.split_indices("train")))
-    shape = largest_batch(reader, config.train, schedule=schedule, config=plan_draft(config.draft, reader))
+    shape = largest_batch(reader, config.train, schedule=schedule, config=plan_draft(config.draft, reader), device=CPU)
     seen = []
     for step in training_steps(config, reader):
         for batch in plan_batches(
             reader, step, max_batch_tokens=config.train.max_batch_tokens, num_anchors=6, seed=0, epoch=0
         ):
-            seen.append((batch.num_tokens, batch.anchor_positions.shape[1]))
-    assert (shape.num_tokens, shape.num_anchors) in seen
-    assert shape.num_tokens >= 0.9 * max(tokens for tokens, _ in seen)
+            seen.append((batch.num_tokens, batch.anchor_positions.shape[1], len(batch.sample_ids)))
+    assert (shape.num_tokens, shape.num_anchors, shape.num_documents) in seen
+    assert shape.num_tokens >= 0.9 * max(tokens for tokens, *_ in seen)
 
 
 def training_steps(config: Config, reader: CacheReader) -> list[list[int]]:
@@ -490,7 +490,7 @@ def test_a_training_that_cannot_fit_is_refused_before_it_starts(
     config = make_config(cached, train__run_dir=tmp_path / "run")
     monkeypatch.setattr(training, "free_memory", lambda device: 1_000_000)
     with pytest.raises(
-        SettingError, match=r"needs at least 11\.\d MB on cpu, weights 1\.4 MB, .* and 1\.0 MB are free; lower"
+        SettingError, match=r"needs at least 6\.\d MB on cpu, weights 1\.4 MB, .* and 1\.0 MB are free; lower"
     ):
         train_draft(config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -12,7 +12,6 @@ import logging
 import math
 import os
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +19,16 @@ import torch
 from transformers import Qwen3Config
 
 from stages.errors import SettingError
+from stages.train.attention import GROUP_QUERIES
+from stages.train.fused import CHUNK_BYTES, VOCABULARY_TENSORS
 from stages.train.model import Qwen3DSparkModel
 from stages.train.order import Schedule, plan_epoch, plan_micro_batches
 from stages.train.settings import TrainSection
 from storage import CacheReader
 
 FLOAT32_BYTES = 4
-# The objective's budget for temporaries as wide as the vocabulary.
-CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
-# Draft and target logits, their softmaxes, the differences and the gradients, all float32: what a slot takes at most of
-# a chunk for each word of the vocabulary. A batch that needs less than the budget takes less.
-SLOT_BYTES_PER_WORD = 32
 NUM_STAGED_BATCHES = 3
-CPU_SCRATCH_BYTES = 48 << 20  # of the libraries and of the heap's gaps (measured)
+CPU_SCRATCH_BYTES = {"float32": 48 << 20, "bfloat16": 112 << 20}  # of libraries and the heap's gaps (measured)
 PLANNED_SAMPLES = 100_000  # of the first epoch; their largest micro-batch is taken for that of the run (assumption)
 NUM_ADAMW_AVERAGES = 2
 
@@ -44,10 +40,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
-    """A micro-batch: tokens of its row, and blocks in it."""
+    """A micro-batch: tokens of its row, blocks and documents in it."""
 
     num_tokens: int
     num_anchors: int
+    num_documents: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,21 +77,27 @@ class MemoryEstimate:
         return ", ".join(f"{name} {format_bytes(size)}" for name, size in asdict(self).items())
 
 
-def largest_batch(reader: CacheReader, train: TrainSection, *, schedule: Schedule, config: Qwen3Config) -> BatchShape:
+def largest_batch(
+    reader: CacheReader, train: TrainSection, *, schedule: Schedule, config: Qwen3Config, device: torch.device
+) -> BatchShape:
     """The micro-batch of the first epoch that takes the most memory; lengths and masks are known from the index."""
     indices = reader.split_indices("train")
     tokens = reader.num_tokens[indices].astype(np.int64)
     anchors = np.clip(reader.num_supervised[indices].astype(np.int64) - 1, 0, config.num_anchors)
     order = plan_epoch(len(indices), seed=train.seed, epoch=0)
     longest = int(tokens.argmax())
-    shapes = [(int(tokens[longest]), int(anchors[longest]))]
+    shapes = {BatchShape(num_tokens=int(tokens[longest]), num_anchors=int(anchors[longest]))}
     for step in range(min(schedule.steps_per_epoch, math.ceil(PLANNED_SAMPLES / schedule.global_batch_size))):
         chosen = schedule.batch(step, order)
         for row in plan_micro_batches(tokens[chosen].tolist(), max_batch_tokens=train.max_batch_tokens):
             rows = chosen[row.start : row.stop]
-            shapes.append((int(tokens[rows].sum()), int(anchors[rows].sum())))
-    largest = max(set(shapes), key=partial(_weigh, config, train.dtype))
-    return BatchShape(num_tokens=largest[0], num_anchors=largest[1])
+            sums = (int(tokens[rows].sum()), int(anchors[rows].sum()))
+            shapes.add(BatchShape(num_tokens=sums[0], num_anchors=sums[1], num_documents=len(rows)))
+
+    def weigh(shape: BatchShape) -> int:
+        return _activation_bytes(config, shape, dtype=train.dtype, device=device.type)
+
+    return max(shapes, key=weigh)
 
 
 def estimate_memory(
@@ -116,16 +119,10 @@ def estimate_memory(
         model = Qwen3DSparkModel(config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    num_slots = shape.num_anchors * config.block_size
-    logits = num_slots * config.vocab_size * SLOT_BYTES_PER_WORD
+    logits = shape.num_anchors * config.block_size * config.vocab_size * VOCABULARY_TENSORS * FLOAT32_BYTES
     trained_bytes = -(-trained // num_shards) * FLOAT32_BYTES
     layers = len(config.target_layer_ids) + 1
-    kept_layers = 1 if recomputes else int(config.num_hidden_layers)
-    activations = _activation_bytes(
-        config, shape.num_tokens, shape.num_anchors, dtype=dtype, num_kept_layers=kept_layers
-    )
-    if device.type == "cpu":  # each layer keeps the mask in the compute dtype
-        activations += kept_layers * num_slots * (shape.num_tokens + num_slots) * _size_of(dtype) + CPU_SCRATCH_BYTES
+    activations = _activation_bytes(config, shape, dtype=dtype, device=device.type, recomputes=recomputes)
     if dtype == "bfloat16":  # autocast keeps a copy of each weight for the length of a micro-batch
         activations += 2 * (trained + config.vocab_size * config.hidden_size)
     return MemoryEstimate(
@@ -182,35 +179,41 @@ def format_bytes(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def _weigh(config: Qwen3Config, dtype: str, shape: tuple[int, int]) -> int:
-    return _activation_bytes(config, *shape, dtype=dtype, num_kept_layers=config.num_hidden_layers)
-
-
 def _activation_bytes(
-    config: Qwen3Config, num_tokens: int, num_anchors: int, *, dtype: str, num_kept_layers: int
+    config: Qwen3Config, shape: BatchShape, *, dtype: str, device: str, recomputes: bool = False
 ) -> int:
     """What forward and backward keep, counted operation by operation from the layers as they are written.
 
     Norms keep their float32 input and its normed form, and their output is kept by each product behind it, once in
-    float32 and once for each product under autocast. Attention keeps queries, keys and values of all heads, and its
-    output; the MLP gate, its silu, up, and their product.
+    float32 and once for each product under autocast. Attention keeps queries, keys and values, and its output; the MLP
+    gate, its silu, up, and their product. The objective keeps the gradient of W2.
     """
     half, e = dtype == "bfloat16", _size_of(dtype)
     hidden, width = config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    slots = num_anchors * config.block_size
-    norm = 2 * FLOAT32_BYTES
-    a_slot = hidden * (2 * norm + (5 * e if half else 2 * e)) + (queries + keys) * (norm + e) + 4 * width * e
-    a_slot += 4 * queries * e
-    a_token = keys * (norm + e) + 2 * queries * e + (2 * hidden * e if half else 0)
-    once = num_tokens * hidden * (3 * FLOAT32_BYTES + (0 if half else len(config.target_layer_ids) * e))
-    once += slots * hidden * 5 * FLOAT32_BYTES
-    recomputed = config.num_hidden_layers - num_kept_layers  # of these only the input is kept
+    tokens, slots = shape.num_tokens, shape.num_anchors * config.block_size
+    norm = FLOAT32_BYTES + e
+    a_slot = hidden * (4 * FLOAT32_BYTES + (5 * e if half else 2 * e)) + queries * (norm + 3 * e) + 4 * width * e
+    a_slot += keys * norm
+    a_token = keys * norm + (2 * hidden * e if half else 0)
+    a_layer = slots * a_slot + tokens * a_token + _attended_bytes(shape, slots, width=keys, e=e, device=device)
+    num_layers = int(config.num_hidden_layers)
+    kept = 1 if recomputes else num_layers  # of the others only the input is kept
+    once = tokens * hidden * (3 * FLOAT32_BYTES + (0 if half else len(config.target_layer_ids) * e))
+    once += slots * hidden * (5 + num_layers - kept) * FLOAT32_BYTES + config.vocab_size * config.markov_rank * 4
     backward = slots * (max(3 * width, 4 * queries) * e + 4 * hidden * FLOAT32_BYTES)
-    backward += num_tokens * (4 * queries * e + 3 * hidden * FLOAT32_BYTES)
-    once += recomputed * slots * hidden * FLOAT32_BYTES
-    total: int = once + backward + num_kept_layers * (slots * a_slot + num_tokens * a_token)
-    return total
+    backward += tokens * (4 * keys * e + 3 * hidden * FLOAT32_BYTES)
+    return int(once + backward + kept * a_layer) + (CPU_SCRATCH_BYTES[dtype] if device == "cpu" else 0)
+
+
+def _attended_bytes(shape: BatchShape, slots: int, *, width: int, e: int, device: str) -> int:
+    """Keys and values side by side as attention keeps them. On a CPU each group of blocks has its own, and its mask:
+    half of its document's context in the mean."""
+    if device != "cpu":
+        return (shape.num_tokens + slots) * 2 * width * e
+    context = shape.num_tokens // shape.num_documents // 2
+    groups = max(-(-slots // GROUP_QUERIES), shape.num_documents)
+    return groups * context * 2 * width * e + slots * (2 * width + context) * e
 
 
 def _size_of(dtype: str) -> int:

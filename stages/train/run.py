@@ -138,7 +138,7 @@ def train(
         device = choose_device(train.device)
         config = plan_draft(draft, reader)
         if start < schedule.num_steps:
-            shape = largest_batch(reader, train, schedule=schedule, config=config)
+            shape = largest_batch(reader, train, schedule=schedule, config=config, device=device)
             estimate = estimate_memory(
                 config, shape, dtype=train.dtype, device=device, state_bytes=reader.dtype.itemsize
             )
