@@ -229,10 +229,11 @@ def inspect(config: Path | str, overrides: tuple[str, ...], as_json: bool) -> No
 @_with_config
 @click.option("--extract/--no-extract", "extract_missing", default=False, help="First extract what the cache lacks.")
 @click.option("--evaluate/--no-evaluate", "then_evaluate", default=True, help="Evaluate the draft at the end.")
-def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_evaluate: bool) -> None:
-    """Train a draft from the cache; continues where an earlier run stopped.
+@click.option("--profile", "profiled", is_flag=True, help="Write a trace of a few steps to RUN/profile.")
+def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_evaluate: bool, profiled: bool) -> None:
+    """Train a draft from the cache; continues where an earlier run stopped. Under torchrun the ranks share each step.
 
-    Under torchrun the ranks share each step.
+    SIGTERM, or Ctrl-C, ends it behind the step in progress with a checkpoint; a second one at once.
     """
     from pipeline import stage_two
 
@@ -240,8 +241,8 @@ def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_
     if extract_missing and not stage_two.is_imported(settings):
         _extract(settings, share=Share.of_torchrun())
     with _joined(settings) as ranks:
-        _train(settings, ranks=ranks)
-    if then_evaluate and ranks.is_first:
+        is_trained = _train(settings, ranks=ranks, profiled=profiled)
+    if is_trained and then_evaluate and ranks.is_first:
         _evaluate(settings)
 
 
@@ -262,10 +263,12 @@ def sweep(config: Path, overrides: tuple[str, ...]) -> None:
     settings = _load(config, overrides)
     trials = list(plan_trials(settings))
     with _joined(settings) as ranks:
+        say = partial(console.print, markup=False) if ranks.is_first else _say_nothing
         for number, trial in enumerate(trials, start=1):
-            if ranks.is_first:
-                console.print(f"trial {number} of {len(trials)}: {trial.train.run_dir}", markup=False)
-            _train(trial, ranks=ranks)
+            say(f"trial {number} of {len(trials)}: {trial.train.run_dir}")
+            if not _train(trial, ranks=ranks):
+                say(f"the sweep stops in trial {number} of {len(trials)}")
+                return
             if ranks.is_first:
                 _evaluate(trial)
     if ranks.is_first:
@@ -324,6 +327,10 @@ def _extract(settings: Config, *, share: Share = ALONE) -> None:
     show.extraction(console, result)
 
 
+def _say_nothing(_text: str) -> None:
+    """What a rank after the first has to say."""
+
+
 @contextmanager
 def _joined(settings: Config) -> Iterator["Ranks"]:
     """The ranks of a training; those after the first only print what is wrong."""
@@ -335,7 +342,8 @@ def _joined(settings: Config) -> Iterator["Ranks"]:
         yield ranks
 
 
-def _train(settings: Config, *, ranks: "Ranks") -> None:
+def _train(settings: Config, *, ranks: "Ranks", profiled: bool = False) -> bool:
+    """Train, and say what came of it; False if it was asked to stop, so that nothing is to follow."""
     from pipeline import stage_two
 
     run_dir = settings.train.run_dir
@@ -343,12 +351,13 @@ def _train(settings: Config, *, ranks: "Ranks") -> None:
     if ranks.is_first and not (run_dir / "checkpoints").exists():
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.toml").write_text(to_toml(settings), encoding="utf-8")
-    result = stage_two.train_draft(settings, ranks=ranks)
-    if not ranks.is_first:
-        return
+    result = stage_two.train_draft(settings, profiled=profiled, ranks=ranks)
+    if result.was_stopped or not ranks.is_first:
+        return not result.was_stopped
     if result.was_complete:
         console.print(f"{run_dir} is trained already ({result.num_steps} steps); set train.run_dir for a new run")
     console.print(f"draft: {result.draft_dir}", markup=False)
+    return True
 
 
 def _evaluate(settings: Config, *, draft: Path | None = None) -> None:

@@ -4,6 +4,7 @@ With `HANG` in the environment rank 1 sleeps in a step of the first config, and 
 """
 
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -28,6 +29,7 @@ def hang() -> None:
         nonlocal calls
         calls += 1
         if calls == HANGING_CALL and self.ranks.rank == 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # or torchrun waits, while the handler waits for the step
             time.sleep(600)
         return original(self, *arguments, **named)
 

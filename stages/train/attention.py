@@ -98,14 +98,19 @@ class GroupedAttention:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # its groups are of one batch
     def __call__(self, query: torch.Tensor, context: KeyValue, block: KeyValue) -> torch.Tensor:
+        # On a CPU the kernel takes 0.85 of the time in float32 (measured), and is more exact.
+        dtype, wide = block[1].dtype, torch.promote_types(block[1].dtype, torch.float32)
+        context = (context[0].to(wide), context[1].to(wide))
+        block = (block[0].to(wide), block[1].to(wide))
         outputs = []
         for group in self._groups:
             seen = (context[0][:, :, group.context], context[1][:, :, group.context])
             own = (block[0][:, :, group.slots], block[1][:, :, group.slots])
-            asked, key, value = _join(query[:, :, group.queries], seen, own)
+            key, value = (torch.cat(pair, dim=2) for pair in zip(seen, own, strict=True))
+            asked = query[:, :, group.queries].to(wide)
             output = functional.scaled_dot_product_attention(asked, key, value, attn_mask=group.mask, enable_gqa=True)
             outputs.append(output)
-        return torch.cat(outputs, dim=2)
+        return torch.cat(outputs, dim=2).to(dtype)
 
 
 def _plan_groups(ranges: BlockRanges, query_slots: torch.Tensor | None) -> Iterator[_Group]:

@@ -7,27 +7,23 @@ all that is needed; they are computed together with the loss, and the backward p
 Slots of several blocks often continue the same token. They are taken in order of position, so that the target's
 distribution is computed once for each position, not for each slot.
 
-Per slot, with z = softcap(scale·W·h) + W2·latent, p = softmax(z), q the target's distribution, s = sign(p - q):
-    ∂CE/∂z = p - onehot(label)        ∂‖p - q‖₁/∂z = p·(s - Σ_v s·p)
-
 Shape suffixes: N supervised slots, C slots of a chunk, U positions of a chunk, D hidden, R rank, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Self, cast
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from stages.train.distances import Asked, Blocks, Measured, compiled_measure
 from stages.train.model import Qwen3DSparkModel, at_least_float32
 from stages.train.objective import LossWeights, SlotTerms, Supervision, confidence_logits
 
-# Bytes of a chunk's vocabulary-wide temporaries. On a CPU larger chunks gain little (measured, 2 cores: 40 to 170 MB
-# within 5 %); on a GPU a chunk should keep its matrix products busy (assumption: some 400 slots of 150 k tokens).
-CHUNK_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
-VOCABULARY_TENSORS = 4  # of a chunk in float32 that are alive at once, gradient in the compute dtype included
+# Bytes of a chunk's vocabulary-wide tensors. On a CPU larger chunks gain little (measured on two cores: a tenth from 64
+# to 448 slots); on a GPU a chunk should keep its matrix products busy (assumption: some 400 slots of 150 k tokens).
+CHUNK_BYTES = {"cpu": 3 << 25, "cuda": 1 << 30}
 MIN_CHUNK = 16  # slots; fewer would only make more matrix products
 
 
@@ -55,7 +51,6 @@ def fused_terms(
         weight=supervision.slot_weights[order_N],
         loss_weights=supervision.loss_weights,
         with_top1=with_top1,
-        chunk_bytes=CHUNK_BYTES[device],
     )
     total, *columns = cast(Any, _Fused.apply)(h_ND[order_N], latent_NR, w2_VR, work)
     cross_entropy, l1, top1 = (
@@ -92,11 +87,10 @@ class _Work:
     weight: torch.Tensor  # [N]
     loss_weights: LossWeights
     with_top1: bool
-    chunk_bytes: int
 
     @property
     def wide(self) -> torch.dtype:
-        """The dtype of logits and losses."""
+        """The dtype of softmax and losses."""
         return at_least_float32(self.head[:0]).dtype
 
     def chunks(self) -> Iterator[_Chunk]:
@@ -104,8 +98,10 @@ class _Work:
         num_slots = len(self.position)
         if num_slots == 0:
             return
-        row_bytes = VOCABULARY_TENSORS * 4 * len(self.head)
-        num_chunks = max(1, min(-(-num_slots * row_bytes // self.chunk_bytes), num_slots // MIN_CHUNK))
+        # Logits that become gradients, the bias, the target's logits; on CUDA some of them once more in float32.
+        slot_bytes = len(self.head) * (self.head.element_size() * 3 + (8 if self.head.is_cuda else 0))
+        num_chunks = -(-num_slots * slot_bytes // CHUNK_BYTES[self.head.device.type])
+        num_chunks = max(1, min(num_chunks, num_slots // MIN_CHUNK))
         starts = [num_slots * chunk // num_chunks for chunk in range(num_chunks)]
         ends = [*starts[1:], num_slots]
         distinct, place_N = cast(Any, torch.unique_consecutive)(self.position, return_inverse=True)
@@ -115,18 +111,18 @@ class _Work:
                 slots=slice(start, end), positions=distinct[first : last + 1], picked=place_N[start:end] - first
             )
 
-    def logits(self, states_CD: torch.Tensor) -> torch.Tensor:
-        """The head's logits, as `Qwen3DSparkModel.base_logits`: [C, V]."""
-        logits_CV = (states_CD.to(self.head.dtype) @ self.head.t()).to(self.wide)
-        if self.logit_scale is not None:
-            logits_CV *= self.logit_scale
-        return logits_CV if self.softcap is None else logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def slope(self, logits_CV: torch.Tensor) -> torch.Tensor | None:
-        """How much `logits` rises with head times state: [C, V], None for 1."""
-        if self.softcap is None:
-            return None if self.logit_scale is None else logits_CV.new_full((1, 1), self.logit_scale)
-        return (1 - (logits_CV / self.softcap).square()).mul_(1.0 if self.logit_scale is None else self.logit_scale)
+    def asked_of(self, chunk: _Chunk) -> Asked:
+        """What `measure` is asked about a chunk, beside its logits."""
+        return Asked(
+            picked=chunk.picked,
+            label=self.label[chunk.slots],
+            weight=self.weight[chunk.slots].to(self.wide),
+            ce_alpha=self.loss_weights.ce_alpha,
+            l1_alpha=self.loss_weights.l1_alpha,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            with_top1=self.with_top1,
+        )
 
 
 class _Fused(torch.autograd.Function):
@@ -170,6 +166,12 @@ class _Columns:
             top1=torch.empty_like(like, dtype=torch.bool) if has_target and work.with_top1 else None,
         )
 
+    def put(self, slots: slice, measured: Measured) -> None:
+        self.cross_entropy[slots] = measured.cross_entropy
+        for column, part in ((self.l1, measured.l1), (self.top1, measured.top1)):
+            if column is not None and part is not None:
+                column[slots] = part
+
     def total(self, work: _Work) -> torch.Tensor:
         total = work.loss_weights.ce_alpha * (work.weight * self.cross_entropy).sum()
         return total if self.l1 is None else total + work.loss_weights.l1_alpha * (work.weight * self.l1).sum()
@@ -202,35 +204,31 @@ def _run_chunks(
     gradients: _Gradients | None,
 ) -> None:
     """Fill the columns and, where they are wanted, the gradients."""
-    dtype = work.head.dtype
+    head_VD, dtype = work.head, work.head.dtype
     w2_VR = None if w2_VR is None else w2_VR.to(dtype)
-    measure: Callable[..., _Measured] = _compiled_measure() if h_ND.is_cuda else _Workspace()
+    blocks = Blocks()
+    measure = compiled_measure() if h_ND.is_cuda else blocks.measure
     for chunk in work.chunks():
         here = chunk.slots
-        target_UV = None if work.target is None else work.logits(work.target[chunk.positions])
-        logits_CV = work.logits(h_ND[here])
-        slope_CV = work.slope(logits_CV) if gradients is not None else None
-        latent_CR = None if latent_NR is None else latent_NR[here].to(dtype)
-        if latent_CR is not None and w2_VR is not None:
-            _add_product_(logits_CV, latent_CR, w2_VR.t())
-        if columns.top1 is not None and target_UV is not None:
-            columns.top1[here] = logits_CV.argmax(dim=-1) == target_UV.argmax(dim=-1)[chunk.picked]
-        cross_entropy_C, l1_C, grad_CV = measure(
-            logits_CV, target_UV, chunk.picked, work.label[here], work.weight[here].to(work.wide),
-            work.loss_weights.ce_alpha, work.loss_weights.l1_alpha, gradients is not None,
-        )  # fmt: skip
-        columns.cross_entropy[here] = cross_entropy_C
-        if columns.l1 is not None:
-            columns.l1[here] = l1_C
+        target_UV = None
+        if work.target is not None:
+            target_UV = blocks.product(work.target[chunk.positions].to(dtype), head_VD.t(), "target logits")
+        base_CV = blocks.product(h_ND[here].to(dtype), head_VD.t(), "logits")
+        latent_CR = bias_CV = None
+        if latent_NR is not None and w2_VR is not None:
+            latent_CR = latent_NR[here].to(dtype)
+            if dtype == work.wide and work.softcap is None and work.logit_scale is None:
+                base_CV.addmm_(latent_CR, w2_VR.t())
+            else:
+                bias_CV = blocks.product(latent_CR, w2_VR.t(), "bias")
+        measured = measure(base_CV, bias_CV, target_UV, work.asked_of(chunk), gradients is not None)
+        columns.put(here, measured)
         if gradients is None:
             continue
-        narrow_CV = grad_CV.to(dtype)
-        if gradients.latent is not None and gradients.w2 is not None and latent_CR is not None:
-            gradients.latent[here] = narrow_CV @ w2_VR
-            _add_product_(gradients.w2, narrow_CV.t(), latent_CR)
-        if slope_CV is not None:
-            narrow_CV = grad_CV.mul_(slope_CV).to(dtype)
-        gradients.h[here] = narrow_CV @ work.head
+        if gradients.latent is not None and gradients.w2 is not None and w2_VR is not None and latent_CR is not None:
+            gradients.latent[here] = measured.grad @ w2_VR
+            _add_product_(gradients.w2, measured.grad.t(), latent_CR)
+        gradients.h[here] = measured.grad_base @ head_VD
 
 
 def _add_product_(sum_XY: torch.Tensor, left_XZ: torch.Tensor, right_ZY: torch.Tensor) -> None:
@@ -239,88 +237,3 @@ def _add_product_(sum_XY: torch.Tensor, left_XZ: torch.Tensor, right_ZY: torch.T
         sum_XY.addmm_(left_XZ, right_ZY)
     else:
         sum_XY += left_XZ @ right_ZY
-
-
-_Measured = tuple[torch.Tensor, Any, Any]  # cross-entropy [C], L1 [C] or None, gradient [C, V] or None
-
-
-def measure_distances(
-    logits_CV: torch.Tensor,
-    target_UV: torch.Tensor | None,
-    picked_C: torch.Tensor,
-    label_C: torch.Tensor,
-    weight_C: torch.Tensor,
-    ce_alpha: float,
-    l1_alpha: float,
-    with_gradients: bool,
-) -> _Measured:
-    """Cross-entropy [C], L1 [C] and the gradient [C, V] of their weighted sum to the logits, in the plainest form.
-
-    `picked_C` says which row of `target_UV` is a slot's. This is what torch.compile fuses on CUDA.
-    """
-    draft_CV = logits_CV.softmax(dim=-1)
-    cross_entropy_C = logits_CV.logsumexp(dim=-1) - logits_CV.gather(1, label_C[:, None]).squeeze(1)
-    if target_UV is None:
-        sign_CV, l1_C, mean_C = draft_CV.new_zeros(()), None, draft_CV.new_zeros(len(draft_CV))
-    else:
-        difference_CV = draft_CV - target_UV.softmax(dim=-1)[picked_C]
-        l1_C, sign_CV = difference_CV.abs().sum(dim=-1), difference_CV.sign()
-        mean_C = (sign_CV * draft_CV).sum(dim=-1)
-    if not with_gradients:
-        return cross_entropy_C, l1_C, None
-    factor_CV = ce_alpha + l1_alpha * (sign_CV - mean_C[:, None])
-    grad_CV = weight_C[:, None] * factor_CV * draft_CV
-    grad_CV = grad_CV.scatter_add(1, label_C[:, None], -ce_alpha * weight_C[:, None])
-    return cross_entropy_C, l1_C, grad_CV
-
-
-class _Workspace:
-    """`measure_distances` in place, for devices without a compiler: three reused blocks of memory, and the logits'."""
-
-    def __init__(self) -> None:
-        self._blocks: dict[str, torch.Tensor] = {}
-
-    def __call__(
-        self,
-        logits_CV: torch.Tensor,
-        target_UV: torch.Tensor | None,
-        picked_C: torch.Tensor,
-        label_C: torch.Tensor,
-        weight_C: torch.Tensor,
-        ce_alpha: float,
-        l1_alpha: float,
-        with_gradients: bool,
-    ) -> _Measured:
-        label_C1 = label_C[:, None]
-        greatest_C, own_C = logits_CV.amax(dim=-1), logits_CV.gather(1, label_C1).squeeze(1)
-        draft_CV = torch.softmax(logits_CV, dim=-1, out=self._block("draft", logits_CV))
-        # log Σ exp from the greatest logit and its probability, which is never tiny.
-        cross_entropy_C = greatest_C - draft_CV.amax(dim=-1).log_() - own_C
-        if target_UV is None:
-            if not with_gradients:
-                return cross_entropy_C, None, None
-            grad_CV = torch.mul(draft_CV, (ce_alpha * weight_C)[:, None], out=logits_CV)
-            return cross_entropy_C, None, grad_CV.scatter_add_(1, label_C1, -ce_alpha * weight_C[:, None])
-        target_UV = torch.softmax(target_UV, dim=-1, out=self._block("target", target_UV))
-        difference_CV = torch.index_select(target_UV, 0, picked_C, out=logits_CV)
-        torch.sub(draft_CV, difference_CV, out=difference_CV)
-        l1_C = torch.linalg.vector_norm(difference_CV, ord=1, dim=-1)
-        if not with_gradients:
-            return cross_entropy_C, l1_C, None
-        sign_CV = difference_CV.sign_()
-        mean_C = torch.bmm(sign_CV[:, None, :], draft_CV[:, :, None]).view(-1)
-        slope_C = l1_alpha * weight_C
-        base_C = ce_alpha * weight_C - slope_C * mean_C
-        grad_CV = torch.addcmul(base_C[:, None], sign_CV, slope_C[:, None], out=sign_CV).mul_(draft_CV)
-        return cross_entropy_C, l1_C, grad_CV.scatter_add_(1, label_C1, -ce_alpha * weight_C[:, None])
-
-    def _block(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        block = self._blocks.get(name)
-        if block is None or len(block) < len(like):
-            block = self._blocks[name] = torch.empty_like(like)
-        return block[: len(like)]
-
-
-@cache
-def _compiled_measure() -> Callable[..., _Measured]:
-    return torch.compile(measure_distances, dynamic=True)

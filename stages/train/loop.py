@@ -3,32 +3,31 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from stages.errors import StageError
 from stages.train.anchors import anchor_candidates
+from stages.train.batches import PlannedBatch
+from stages.train.coverage import count_slots
 from stages.train.feed import BatchFeed, FedBatch, PlannedStep
+from stages.train.interrupt import StopRequest
 from stages.train.metrics import MetricsLog, StepTotals
-from stages.train.module import DSparkTrainerModule
+from stages.train.nonfinite import NonFiniteLossError, find_culprit, keep_batch
 from stages.train.order import Schedule, digest_order, learning_rate, plan_windows
-from stages.train.parallel import Ranks, last_backward, reshard, unwrap, whole
+from stages.train.parallel import Ranks, last_backward, unwrap, whole
+from stages.train.profiling import StepProfiler
 from stages.train.settings import TrainSection
+from stages.train.validation import Validate, Validation
 from storage import CacheReader
-
-Validate = Callable[[DSparkTrainerModule], dict[str, Any]]
 
 REPORT_SECONDS = 20  # a step that takes longer says how far it is
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteLossError(StageError, RuntimeError):
-    """The loss became NaN or infinite; the message names the samples of the step."""
 
 
 class NothingSupervisedError(StageError, ValueError):
@@ -44,34 +43,45 @@ class Stepper:
     optimizer: torch.optim.Optimizer
     train: TrainSection
     ranks: Ranks
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def step(self, batches: Iterable[FedBatch], *, lr: float) -> dict[str, Any]:
         """One optimizer step over this rank's micro-batches; the row to log. Raises NonFiniteLossError.
 
         Sums are differentiated, and divided by the step's denominator once it is known: when all ranks have done their
-        micro-batches.
+        micro-batches. The same reduction tells whether a rank was asked to stop (`stop.agreed`).
         """
         totals = StepTotals()
         self.module.train()
-        sample_ids, waited = list[int](), 0.0
+        losses, planned, waited = list[torch.Tensor](), list[PlannedBatch](), 0.0
         reported = time.monotonic()
         for batch in batches:
             with compute_dtype(self.ranks.device, self.train.dtype), last_backward(self.module, batch.is_last):
                 metrics = self.module(**batch.arguments)
                 metrics.loss_num.backward()
-            totals.add(metrics, num_tokens=batch.planned.num_tokens if batch.planned.indices else 0)
-            sample_ids.extend(batch.planned.sample_ids)
+            totals.add(metrics)
+            totals.count(**count_slots(batch.planned, block_size=unwrap(self.module).draft_model.block_size))
+            totals.count(num_tokens=batch.planned.num_tokens if batch.planned.indices else 0)
+            losses.append(metrics.loss_num.detach())
+            planned.append(batch.planned)
             waited += batch.waited_seconds
             if time.monotonic() - reported > REPORT_SECONDS:
                 reported = time.monotonic()
                 logger.info("  micro-batch %d of %d of this step", batch.number, batch.num_batches)
+        totals.count(num_asked_to_stop=int(self.stop.asked_by is not None))
         totals.reduce(self.ranks)
-        row = totals.ratios()
-        norm = self._scale_gradients(float(totals.sums()["loss_den"]))
+        sums, row = totals.sums(), totals.ratios()
+        self.stop.learn(float(sums["num_asked_to_stop"]))
+        norm = self._scale_gradients(float(sums["loss_den"]))
         if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            only_gradient = math.isfinite(row["loss"])
+            culprit = find_culprit(losses, planned, or_last=only_gradient and self.ranks.rank == 0)
             raise NonFiniteLossError(
-                f"the loss is {row['loss']} and the gradient's norm {norm} on samples {sample_ids}; no weight was "
-                'changed by this step. Lower train.lr, or try train.dtype = "float32"'
+                f"the loss is {row['loss']} and the gradient's norm {norm} on samples "
+                f"{list(culprit.sample_ids) if culprit else 'of another rank'}; no weight was changed by this step. "
+                'Lower train.lr, or try train.dtype = "float32"',
+                batch=culprit,
             )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -81,7 +91,6 @@ class Stepper:
             **row,
             "lr": lr,
             "grad_norm": norm,
-            "num_tokens": int(totals.sums()["num_tokens"]),
             "num_micro_batches": batch.num_batches,
             "waited_seconds": waited,
         }
@@ -117,38 +126,49 @@ def run_steps(
     start: int,
     log: MetricsLog | None,
     validate: Validate | None,
+    profiler: StepProfiler | None = None,
 ) -> Iterator[int]:
     """Do the steps from `start` on, log each, and yield after each how many are done, for the caller to save them.
 
     `log` is rank 0's. Validation comes every `train.validate_every` steps (default: once an epoch) and after the last.
-    Raises NothingSupervisedError before the first step.
+    Ends early once `stepper.stop` is agreed on. Raises NonFiniteLossError, and before the first step
+    NothingSupervisedError.
     """
-    train, reader = stepper.train, feed.reader
+    train, reader, stop = stepper.train, feed.reader, stepper.stop
     check_supervision(reader)
-    validate_every = train.validate_every or schedule.steps_per_epoch
-    logger.info(
-        "%d conversations, %d of them a step: %d steps an epoch, %d steps in all",
-        schedule.num_samples, train.global_batch_size, schedule.steps_per_epoch, schedule.num_steps,
-    )  # fmt: skip
+    every = train.validate_every or schedule.steps_per_epoch
+    validation = Validation(validate=validate, every=every, num_steps=schedule.num_steps, log=log)
+    if start < schedule.num_steps:
+        logger.info(
+            "%d conversations, %d of them a step: %d steps an epoch, %d steps in all",
+            schedule.num_samples, train.global_batch_size, schedule.steps_per_epoch, schedule.num_steps,
+        )  # fmt: skip
+    if stepper.ranks.on_first(lambda: validation.is_missing(start)):
+        validation.run(stepper.module, start)
+    if stop.agree(stepper.ranks):
+        return
     pace = _Pace(num_steps=schedule.num_steps, start=start)
     for planned, batches in feed.run(plan_steps(reader, train, schedule=schedule, start=start)):
         lr = learning_rate(
             planned.step, num_steps=schedule.num_steps, peak=train.lr, warmup_fraction=train.warmup_fraction
         )
-        row = stepper.step(batches, lr=lr)
+        with keep_batch(feed, planned, folder=train.run_dir / "nonfinite"):
+            row = stepper.step(batches, lr=lr)
         done = planned.step + 1
         row = {"step": done, "epoch": planned.epoch, **row, **pace.after_step(row["num_tokens"])}
         if log is not None:
             log.write("train", row)
         logger.info("%s", format_step(row, num_steps=schedule.num_steps))
         with pace.paused():
-            if validate is not None and (done % validate_every == 0 or done == schedule.num_steps):
-                result = {"step": done, **validate(unwrap(stepper.module))}
-                reshard(stepper.module)
-                if log is not None:
-                    log.write("validation", result)
-                logger.info("step %6d  validation  tau %.3f", done, result["tau"])
+            if profiler is not None:
+                profiler.after_step(done, num_micro_batches=row["num_micro_batches"])
             yield done
+            if stop.agreed:
+                return
+            if validation.is_due(done):
+                validation.run(stepper.module, done)
+                if stop.agree(stepper.ranks):
+                    return
 
 
 def check_supervision(reader: CacheReader) -> None:

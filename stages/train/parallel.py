@@ -146,6 +146,8 @@ def wrap(module: DSparkTrainerModule, *, ranks: Ranks, train: TrainSection) -> n
 
     With FSDP the parameters are replaced, so the optimizer is made after this. Raises SettingError.
     """
+    if train.dtype == "bfloat16":
+        module.draft_model.keep_target_head_in(torch.bfloat16)
     if train.compile:
         _check_compiler(ranks.device)
     for layer in module.draft_model.layers:

@@ -33,6 +33,9 @@ class DraftSection(Section):
     """Train the head that predicts acceptance."""
     confidence_head_with_markov: bool = True
     """Let the confidence head see the previous token's Markov embedding."""
+    init_from: Path | None = None
+    """Draft folder or checkpoint whose weights the draft starts from: same target, layers and shapes, but it may have
+    fewer layers, and no Markov or confidence head. Default: random weights."""
 
 
 class ObjectiveSection(Section):
