@@ -20,7 +20,7 @@ from transformers import Qwen3Config
 
 from stages.errors import SettingError
 from stages.train.attention import GROUP_QUERIES
-from stages.train.fused import CHUNK_BYTES, VOCABULARY_TENSORS
+from stages.train.fused import CHUNK_BYTES
 from stages.train.model import Qwen3DSparkModel
 from stages.train.order import Schedule, plan_epoch, plan_micro_batches
 from stages.train.settings import TrainSection
@@ -119,7 +119,9 @@ def estimate_memory(
         model = Qwen3DSparkModel(config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    logits = shape.num_anchors * config.block_size * config.vocab_size * VOCABULARY_TENSORS * FLOAT32_BYTES
+    # The three vocabulary-wide tensors of a slot in the objective; on CUDA two more in float32.
+    slot_bytes = config.vocab_size * (3 * _size_of(dtype) + (2 * FLOAT32_BYTES if device.type == "cuda" else 0))
+    logits = shape.num_anchors * config.block_size * slot_bytes
     trained_bytes = -(-trained // num_shards) * FLOAT32_BYTES
     layers = len(config.target_layer_ids) + 1
     activations = _activation_bytes(config, shape, dtype=dtype, device=device.type, recomputes=recomputes)
