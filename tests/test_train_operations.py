@@ -432,7 +432,7 @@ def test_a_batch_that_cannot_be_kept_does_not_hide_the_error(cached: Path, tmp_p
 
 
 def test_the_memory_estimate_holds_against_a_measured_peak() -> None:
-    """Within a factor of 1.35 (measured: estimates of 0.88 to 1.14 times the peak); the least is below the peak."""
+    """Within a factor of 1.35 (measured: estimates of 0.86 to 1.19 times the peak); the least is below the peak."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, str(ROOT / "tests" / "memory_probe.py")]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
@@ -457,7 +457,7 @@ def test_the_certain_parts_are_what_the_tensors_take(cached: Path, trained: Path
     assert halved.adamw == pytest.approx(estimate.adamw / 2, abs=8)
     assert halved.activations <= estimate.activations
     cuda = estimate_memory(draft, shape, dtype="bfloat16", device=torch.device("cuda"))
-    assert cuda.objective == shape.num_anchors * 4 * 4096 * 16, "a batch that needs less than the budget takes less"
+    assert cuda.objective == shape.num_anchors * 4 * 4096 * 14, "a batch that needs less than the budget takes less"
 
 
 def test_the_largest_micro_batch_is_found(cached: Path) -> None:
@@ -490,7 +490,7 @@ def test_a_training_that_cannot_fit_is_refused_before_it_starts(
     config = make_config(cached, train__run_dir=tmp_path / "run")
     monkeypatch.setattr(training, "free_memory", lambda device: 1_000_000)
     with pytest.raises(
-        SettingError, match=r"needs at least 6\.\d MB on cpu, weights 1\.4 MB, .* and 1\.0 MB are free; lower"
+        SettingError, match=r"needs at least 5\.\d MB on cpu, weights 1\.4 MB, .* and 1\.0 MB are free; lower"
     ):
         train_draft(config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
