@@ -148,9 +148,11 @@ class _FeedThread:
             buffer = StagingBuffer(feed.reader, num_tokens=feed.train.max_batch_tokens, device=feed.device)
             self._free.put(buffer)
         self._in_use: StagingBuffer | None = None
-        self._stopped = threading.Event()
+        self._started, self._stopped = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, args=(steps,), name="batch-feed", daemon=True)
         self._thread.start()
+        self._started.wait()
+        torch.set_num_threads(torch.get_num_threads())  # what the thread set is also the default of later threads
 
     def take(self) -> _Ready | None:
         """The next batch, None behind the last; the one before is done with. Raises the thread's error."""
@@ -180,6 +182,8 @@ class _FeedThread:
             logger.warning("a read of the cache is still going on; it is left to itself")
 
     def _run(self, steps: Iterable[PlannedStep]) -> None:
+        _compute_alone()
+        self._started.set()
         try:
             with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 self._feed_steps(steps)
@@ -200,6 +204,16 @@ class _FeedThread:
                     waited_seconds=0.0,
                 )  # fmt: skip
                 self._ready.put(_Ready(step=step, fed=fed, buffer=buffer))
+
+
+def _compute_alone() -> None:
+    """Let this thread's torch operations use no other thread.
+
+    One core copies several GB/s, more than a step reads. A second team of OpenMP threads would have the step's own team
+    sleep between operations instead of spin, since there are more of them than cores, and every operation wait for it.
+    """
+    torch.get_num_threads()  # its first call in a thread sets the default, so it must not be a later one
+    torch.set_num_threads(1)
 
 
 def _rest_of_step(thread: _FeedThread, batch: FedBatch) -> Iterator[FedBatch]:
