@@ -2,15 +2,16 @@
 
 The same documents, log-normal in length with mean 1,200 and at most 4,096, with the same anchors and random states, go
 through the same module in their order: packed side by side into rows of the budget, and padded to the longest of a
-batch, with as many in it as fit the budget. Both add up to the same loss. What packing saves is work on the context;
-the blocks of the anchors cost the same, so the ratio falls with the number of anchors a document.
+batch, with as many in it as fit the budget. Both add up to the same loss. Processor time of one thread.
+What packing saves is work on the context; the blocks of the anchors cost the same, so the ratio falls with the number
+of anchors a document.
 """
 
 import statistics
 
 import numpy as np
 import torch
-from common import ratio, seconds
+from common import core_seconds, ratio
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config
 
@@ -19,22 +20,23 @@ from stages.train.anchors import choose_anchors
 from stages.train.order import plan_micro_batches
 
 HIDDEN, LAYERS, VOCABULARY = 256, 5, 1024
-BUDGET = 8192
-NUM_DOCUMENTS = 24
+BUDGET = 16384
+NUM_DOCUMENTS = 40
 ANCHORS = (8, 32)  # of a document
-ROUNDS = 5
+ROUNDS = 3
 
 Batch = dict[str, torch.Tensor]
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(1200) - 0.32, 0.8, NUM_DOCUMENTS).astype(int), 16, 4096).tolist()
     packed, padded = plan_micro_batches(lengths, max_batch_tokens=BUDGET), plan_padded(lengths)
     slots = sum(len(batch) * max(lengths[batch.start : batch.stop]) for batch in padded)
     print(
-        f"packing {len(lengths)} documents of {statistics.mean(lengths):,.0f} tokens: {len(packed)} rows, or {len(padded)} "
-        f"batches padded to {slots / sum(lengths):.2f} times as many"
+        f"packing {len(lengths)} documents of {statistics.mean(lengths):,.0f} tokens: {len(packed)} rows, "
+        f"or {len(padded)} batches padded to {slots / sum(lengths):.2f} times as many tokens"
     )
     for num_anchors in ANCHORS:
         documents = [make_document(row, length, num_anchors) for row, length in enumerate(lengths)]
@@ -63,8 +65,8 @@ def measure(module: DSparkTrainerModule, packed: list[Batch], padded: list[Batch
     assert abs(first / second - 1) < 1e-4, (first, second)
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(ROUNDS):
-        times[0].append(seconds(lambda: run(packed)))
-        times[1].append(seconds(lambda: run(padded)))
+        times[0].append(core_seconds(lambda: run(packed)))
+        times[1].append(core_seconds(lambda: run(padded)))
     rates = [num_tokens / min(passed) for passed in times]
     print(f"  {label}: {rates[0]:7,.0f} tokens/s   / padded {rates[1]:7,.0f}   {ratio(times[1], times[0])}", flush=True)
 
