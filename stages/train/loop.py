@@ -156,6 +156,7 @@ def run_steps(
             row = stepper.step(batches, lr=lr)
         done = planned.step + 1
         row = {"step": done, "epoch": planned.epoch, **row, **pace.after_step(row["num_tokens"])}
+        row["wait_share"] = row["waited_seconds"] / row["seconds"]
         if log is not None:
             log.write("train", row)
         logger.info("%s", format_step(row, num_steps=schedule.num_steps))
@@ -196,7 +197,7 @@ def format_step(row: dict[str, Any], *, num_steps: int) -> str:
     return (
         f"step {row['step']:6d}/{num_steps}  epoch {row['epoch']:3d}  loss {row['loss']:7.4f}  tau {row['tau']:6.3f}  "
         f"accept {accept[0]:5.3f}..{accept[-1]:5.3f}  lr {row['lr']:8.2e}  norm {row['grad_norm']:8.3f}  "
-        f"{row['tokens_per_second']:9,.0f} tok/s  ETA {eta}"
+        f"{row['tokens_per_second']:9,.0f} tok/s  wait {row['wait_share']:4.0%}  ETA {eta}"
     )
 
 
