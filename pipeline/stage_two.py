@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from itertools import chain, repeat
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from stages.extract.import_run import UNKNOWN_FIELDS, describe_imported
 from stages.extract.run import Settings, configured_identity, describe_inputs, read_plan
 from stages.extract.settings import CacheSection
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
-from stages.train.batches import gather_batch, plan_batches
+from stages.train.batches import EMPTY_BATCH, gather_batch, plan_batches
 from stages.train.checkpoint import save_draft
 from stages.train.interrupt import StopRequest, stop_on_signals
 from stages.train.loop import compute_dtype
@@ -204,14 +205,16 @@ def _iterate_scores(
 
     Equally many forwards on every rank: sharded weights are gathered for each.
     """
+    indices = evaluated_indices(config, reader)
+    own = indices[ranks.rank :: ranks.world].tolist()
     batches = plan_batches(
-        reader, evaluated_indices(config, reader).tolist(), max_batch_tokens=1,
+        reader, own, max_batch_tokens=1,
         num_anchors=config.evaluate.num_anchors, seed=config.evaluate.seed, epoch=0,
-        rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
+    fill = repeat(EMPTY_BATCH, -(-len(indices) // ranks.world) - len(own))
     was_training = module.training
     module.eval()
-    for batch in batches:
+    for batch in chain(batches, fill):
         stop.check(ranks)
         with compute_dtype(ranks.device, config.train.dtype):
             scores = module.score(**gather_batch(reader, batch, device=ranks.device))
