@@ -291,6 +291,24 @@ def test_a_read_that_hangs_does_not_hold_up_the_end(
     thread.join(10)
 
 
+def test_only_its_own_thread_computes_alone(cache: Path) -> None:
+    """The number of threads that torch gives a new thread is one for the process; the feed must leave it as it was."""
+    reader, train = CacheReader(cache), settings(epochs=50)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        fed = make_feed(reader, train).run(steps_of(reader, train))
+        next(fed)
+        found: list[int] = []
+        other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        assert (torch.get_num_threads(), found) == (3, [3])
+        fed.close()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_waiting_is_what_the_step_stood_still(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, train = CacheReader(cache), settings()
     original = StagingBuffer.gather

@@ -228,24 +228,33 @@ def killable(folder: Path, tmp_path: Path) -> Iterator[tuple[Config, Path]]:
     shutil.rmtree(tmp_path / "killed", ignore_errors=True)
 
 
-def test_a_killed_rank_ends_the_job_and_the_command_line_continues_it(
+def signal_rank_1(config: Config, file: Path, number: int, *, after_step: int, log: Path) -> int:
+    """Run the command line on two ranks and send one of them a signal; the exit status of the whole."""
+    process = torchrun("-m", "pipeline.cli", "train", file, log=log)
+    try:
+        while process.poll() is None and len(rows(config)) < after_step:
+            time.sleep(0.005)
+        worker = find_worker(file, 1)
+        assert worker is not None, log.read_text()
+        os.kill(worker, number)
+        return process.wait(timeout=120)
+    finally:
+        process.kill()
+
+
+def test_a_stopped_or_killed_rank_ends_the_job_and_the_command_line_continues_it(
     killable: tuple[Config, Path], tmp_path: Path
 ) -> None:
     config, file = killable
     log, checkpoints = tmp_path / "log", config.train.run_dir / "checkpoints"
     command = ("-m", "pipeline.cli", "train", file)
-    process = torchrun(*command, log=log)
-    try:
-        while process.poll() is None and not list(checkpoints.glob("step_*")):
-            time.sleep(0.005)
-        worker = find_worker(file, 1)
-        assert worker is not None, log.read_text()
-        os.kill(worker, signal.SIGKILL)
-        assert process.wait(timeout=120) != 0
-    finally:
-        process.kill()
+    assert signal_rank_1(config, file, signal.SIGTERM, after_step=1, log=log) == 0, log.read_text()
+    stopped = len(rows(config))
+    assert f"stopped by another rank behind step {stopped} of 30" in log.read_text()
+    assert (checkpoints / f"step_{stopped:08d}").is_dir()
+    assert signal_rank_1(config, file, signal.SIGKILL, after_step=stopped + 4, log=log) != 0
     done = len(rows(config))
-    assert 3 <= done < 30, "the kill came too late to show anything"
+    assert stopped + 4 <= done < 30, "the kill came too late to show anything"
     assert not (config.train.run_dir / "draft").exists()
     process = torchrun(*command, log=log)
     try:
@@ -254,7 +263,7 @@ def test_a_killed_rank_ends_the_job_and_the_command_line_continues_it(
         process.kill()
     text = log.read_text()
     assert [row["step"] for row in rows(config)] == list(range(1, 31))
-    assert int(re.findall(r"continuing behind step (\d+) of 30", text)[0]) >= 3
+    assert int(re.findall(r"continuing behind step (\d+) of 30", text)[0]) >= stopped
     for once in ("[target]", "continuing behind step", "step     30/30", "validation  tau", "held-out acceptance"):
         assert text.count(once) == 1, f"{once}: {text}"
     evaluation = json.loads((config.train.run_dir / "evaluation.json").read_text())
