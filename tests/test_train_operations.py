@@ -66,7 +66,7 @@ def trained(cached: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """All that was logged, without what depends on the clock."""
-    timed = {"seconds", "tokens_per_second", "eta_seconds", "waited_seconds"}
+    timed = {"seconds", "tokens_per_second", "eta_seconds", "waited_seconds", "wait_share"}
     return [{key: value for key, value in row.items() if key not in timed} for row in read_metrics(run_dir)]
 
 
