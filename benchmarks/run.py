@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-NAMES = ("encodings", "extraction", "growth", "opening", "reading", "training")
+NAMES = ("encodings", "extraction", "growth", "opening", "packing", "reading", "training")
 
 
 def main() -> None:

@@ -4,10 +4,11 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -18,6 +19,9 @@ from stages.extract.settings import CacheSection
 from stages.extract.share import ALONE, Share
 from storage import CacheError
 from storage.remote import is_remote
+
+if TYPE_CHECKING:
+    from stages.train.parallel import Ranks
 
 DEFAULT_CONFIG = Path("configs/embedded.toml")
 
@@ -225,15 +229,20 @@ def inspect(config: Path | str, overrides: tuple[str, ...], as_json: bool) -> No
 @_with_config
 @click.option("--extract/--no-extract", "extract_missing", default=False, help="First extract what the cache lacks.")
 @click.option("--evaluate/--no-evaluate", "then_evaluate", default=True, help="Evaluate the draft at the end.")
-def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_evaluate: bool) -> None:
-    """Train a draft from the cache; continues where an earlier run stopped."""
+@click.option("--profile", "profiled", is_flag=True, help="Write a trace of a few steps to RUN/profile.")
+def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_evaluate: bool, profiled: bool) -> None:
+    """Train a draft from the cache; continues where an earlier run stopped. Under torchrun the ranks share each step.
+
+    SIGTERM, or Ctrl-C, ends it behind the step in progress with a checkpoint; a second one at once.
+    """
     from pipeline import stage_two
 
     settings = _load(config, overrides)
     if extract_missing and not stage_two.is_imported(settings):
-        _extract(settings)
-    _train(settings)
-    if then_evaluate:
+        _extract(settings, share=Share.of_torchrun())
+    with _joined(settings) as ranks:
+        is_trained = _train(settings, ranks=ranks, profiled=profiled)
+    if is_trained and then_evaluate and ranks.is_first:
         _evaluate(settings)
 
 
@@ -251,12 +260,19 @@ def sweep(config: Path, overrides: tuple[str, ...]) -> None:
     """Train and evaluate every combination of [sweep.grid] over one cache, and compare them; finished trials stay."""
     from pipeline.sweep import plan_trials
 
-    trials = list(plan_trials(_load(config, overrides)))
-    for number, trial in enumerate(trials, start=1):
-        console.print(f"trial {number} of {len(trials)}: {trial.train.run_dir}", markup=False)
-        _train(trial)
-        _evaluate(trial)
-    show.runs(console, [trial.train.run_dir for trial in trials])
+    settings = _load(config, overrides)
+    trials = list(plan_trials(settings))
+    with _joined(settings) as ranks:
+        say = partial(console.print, markup=False) if ranks.is_first else _say_nothing
+        for number, trial in enumerate(trials, start=1):
+            say(f"trial {number} of {len(trials)}: {trial.train.run_dir}")
+            if not _train(trial, ranks=ranks):
+                say(f"the sweep stops in trial {number} of {len(trials)}")
+                return
+            if ranks.is_first:
+                _evaluate(trial)
+    if ranks.is_first:
+        show.runs(console, [trial.train.run_dir for trial in trials])
 
 
 @main.command()
@@ -280,7 +296,8 @@ def report(runs: tuple[Path, ...]) -> None:
 
 def _load(file: Path, overrides: tuple[str, ...]) -> Config:
     config = load_config(file, overrides)
-    click.echo(to_toml(config))
+    if Share.of_torchrun().rank == 0:
+        click.echo(to_toml(config))
     return config
 
 
@@ -310,17 +327,37 @@ def _extract(settings: Config, *, share: Share = ALONE) -> None:
     show.extraction(console, result)
 
 
-def _train(settings: Config) -> None:
+def _say_nothing(_text: str) -> None:
+    """What a rank after the first has to say."""
+
+
+@contextmanager
+def _joined(settings: Config) -> Iterator["Ranks"]:
+    """The ranks of a training; those after the first only print what is wrong."""
+    from stages.train.parallel import join_ranks
+
+    with join_ranks(settings.train) as ranks:
+        if not ranks.is_first:
+            logging.getLogger().setLevel(logging.WARNING)
+        yield ranks
+
+
+def _train(settings: Config, *, ranks: "Ranks", profiled: bool = False) -> bool:
+    """Train, and say what came of it; False if it was asked to stop, so that nothing is to follow."""
     from pipeline import stage_two
 
     run_dir = settings.train.run_dir
-    if not (run_dir / "checkpoints").exists():  # a refused resume must not overwrite what the run was made from
+    # A refused resume must not overwrite what the run was made from.
+    if ranks.is_first and not (run_dir / "checkpoints").exists():
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.toml").write_text(to_toml(settings), encoding="utf-8")
-    result = stage_two.train_draft(settings)
+    result = stage_two.train_draft(settings, profiled=profiled, ranks=ranks)
+    if result.was_stopped or not ranks.is_first:
+        return not result.was_stopped
     if result.was_complete:
         console.print(f"{run_dir} is trained already ({result.num_steps} steps); set train.run_dir for a new run")
     console.print(f"draft: {result.draft_dir}", markup=False)
+    return True
 
 
 def _evaluate(settings: Config, *, draft: Path | None = None) -> None:

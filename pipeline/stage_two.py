@@ -3,6 +3,10 @@
 import glob
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from itertools import chain, repeat
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +23,15 @@ from stages.extract.import_run import UNKNOWN_FIELDS, describe_imported
 from stages.extract.run import Settings, configured_identity, describe_inputs, read_plan
 from stages.extract.settings import CacheSection
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
-from stages.train.batches import gather_batch, plan_batches
+from stages.train.batches import EMPTY_BATCH, gather_batch, plan_batches
 from stages.train.checkpoint import save_draft
+from stages.train.interrupt import StopRequest, stop_on_signals
 from stages.train.loop import compute_dtype
 from stages.train.module import SlotScores
+from stages.train.parallel import Ranks, join_ranks
 from stages.train.run import TrainResult, objective_arguments, train
+from stages.train.warm_start import COMPARED_ROWS, same_rows
 from storage import CacheIdentity, CacheReader, check_identity
-
-COMPARED_ROWS = 256  # of the embeddings of draft and target; no two trained targets share so many
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +106,23 @@ def _wanted_import(settings: Settings, known: dict[str, Any], *, cached: CacheId
     return cached.model_copy(update={name: known[name] for name in known.keys() - set(UNKNOWN_FIELDS)})
 
 
-def train_draft(config: Config) -> TrainResult:
-    """Train the config's draft, or finish the training that its run folder holds."""
+def train_draft(config: Config, *, profiled: bool = False, ranks: Ranks | None = None) -> TrainResult:
+    """Train the config's draft, or finish the training that its run folder holds.
 
+    SIGTERM and Ctrl-C end it behind the step in progress, with a checkpoint; see `TrainResult.was_stopped`. `ranks` are
+    those that the process has joined already; without them it joins what torchrun started, if anything.
+    """
+    with ExitStack() as entered:
+        stop = entered.enter_context(stop_on_signals())
+        ranks = ranks or entered.enter_context(join_ranks(config.train))
+        return _train_draft(config, stop=stop, profiled=profiled, ranks=ranks)
+
+
+def _train_draft(config: Config, *, stop: StopRequest, profiled: bool, ranks: Ranks) -> TrainResult:
     reader = open_cache(config, layers=config.draft.target_layer_ids)
 
     def validate(module: DSparkTrainerModule) -> dict[str, Any]:
-        return _score_split(config, module, reader=reader).to_json()
+        return _score_split(config, module, reader=reader, ranks=ranks, stop=stop).to_json()
 
     has_validation = len(reader.split_indices("validation")) > 0
     if not has_validation:
@@ -118,6 +133,9 @@ def train_draft(config: Config) -> TrainResult:
         objective=config.objective,
         train=config.train,
         validate=validate if has_validation else None,
+        stop=stop,
+        profiled=profiled,
+        ranks=ranks,
     )
 
 
@@ -129,8 +147,9 @@ def evaluate_draft(config: Config, *, draft_dir: Path) -> CacheEvaluation:
     reader = open_cache(config, layers=tuple(model.config.target_layer_ids))
     _check_same_target(model, reader, draft_dir=draft_dir)
     reader.plan_reads(evaluated_indices(config, reader))
-    module = DSparkTrainerModule(model.to(choose_device(config.train.device)), **objective_arguments(config.objective))
-    return _score_split(config, module, reader=reader)
+    ranks = Ranks(device=choose_device(config.train.device))
+    module = DSparkTrainerModule(model.to(ranks.device), **objective_arguments(config.objective))
+    return _score_split(config, module, reader=reader, ranks=ranks)
 
 
 def _check_same_target(model: Qwen3DSparkModel, reader: CacheReader, *, draft_dir: Path) -> None:
@@ -138,9 +157,8 @@ def _check_same_target(model: Qwen3DSparkModel, reader: CacheReader, *, draft_di
     with safe_open(reader.check_target("head.safetensors") / "head.safetensors", framework="pt") as head:
         rows = head.get_slice("embed_tokens.weight")
         own = model.embed_tokens.weight
-        stored = rows[:COMPARED_ROWS].float()
         same_shape = list(rows.get_shape()) == list(own.shape)
-        if not same_shape or not torch.allclose(stored, own[:COMPARED_ROWS].float(), rtol=1e-2, atol=1e-3):
+        if not same_shape or not same_rows(rows[:COMPARED_ROWS], own[:COMPARED_ROWS]):
             raise SettingError(
                 f"{draft_dir}: this draft was trained for another target than that of {reader.path}: their "
                 "embeddings differ; evaluate it on the cache that it was trained from"
@@ -163,25 +181,48 @@ def evaluated_indices(config: Config, reader: CacheReader) -> np.ndarray:
     return indices[np.argsort(reader.sample_ids[indices], kind="stable")][: config.evaluate.max_samples]
 
 
-def _score_split(config: Config, module: DSparkTrainerModule, *, reader: CacheReader) -> CacheEvaluation:
-    return evaluate_scores(
-        _iterate_scores(config, module, reader=reader), block_size=module.draft_model.config.block_size
-    )
+def _score_split(
+    config: Config,
+    module: DSparkTrainerModule,
+    *,
+    reader: CacheReader,
+    ranks: Ranks,
+    stop: StopRequest | None = None,
+) -> CacheEvaluation:
+    """What the validation split says of the draft, on every rank; each scores its share of the samples.
+
+    Raises StopAskedError once a rank was asked to stop.
+    """
+    own = list(_iterate_scores(config, module, reader=reader, ranks=ranks, stop=stop or StopRequest()))
+    scores = sorted((scored for part in ranks.gather(own) for scored in part), key=itemgetter(0))
+    return ranks.on_first(lambda: evaluate_scores(scores, block_size=module.draft_model.config.block_size))
 
 
 def _iterate_scores(
-    config: Config, module: DSparkTrainerModule, *, reader: CacheReader
+    config: Config, module: DSparkTrainerModule, *, reader: CacheReader, ranks: Ranks, stop: StopRequest
 ) -> Iterator[tuple[int, SlotScores]]:
-    """Scores of one validation sample at a time, in the order of sample ids."""
-    device = next(module.parameters()).device
+    """Scores of one of this rank's validation samples at a time, on the CPU, in the order of sample ids.
+
+    Equally many forwards on every rank: sharded weights are gathered for each.
+    """
+    indices = evaluated_indices(config, reader)
+    own = indices[ranks.rank :: ranks.world].tolist()
     batches = plan_batches(
-        reader, evaluated_indices(config, reader).tolist(), max_batch_tokens=1,
+        reader, own, max_batch_tokens=1,
         num_anchors=config.evaluate.num_anchors, seed=config.evaluate.seed, epoch=0,
     )  # fmt: skip
+    fill = repeat(EMPTY_BATCH, -(-len(indices) // ranks.world) - len(own))
     was_training = module.training
     module.eval()
-    for batch in batches:
-        with compute_dtype(device, config.train.dtype):
-            scores = module.score(**gather_batch(reader, batch, device=device))
-        yield batch.sample_ids[0], scores
+    for batch in chain(batches, fill):
+        stop.check(ranks)
+        with compute_dtype(ranks.device, config.train.dtype):
+            scores = module.score(**gather_batch(reader, batch, device=ranks.device))
+        for sample_id in batch.sample_ids:  # one, or none in an empty batch
+            yield sample_id, _to_cpu(scores)
     module.train(was_training)
+
+
+def _to_cpu(scores: SlotScores) -> SlotScores:
+    tensors = {field.name: getattr(scores, field.name) for field in fields(scores)}
+    return replace(scores, **{name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None})

@@ -84,6 +84,7 @@ def make_config(folder: Path, *, num_chats: int = 24, **changes: Any) -> Config:
             "dtype": "float32",
             "device": "cpu",
         },
+        "objective": {},
         "evaluate": {"num_anchors": 4},
     }
     for path, value in changes.items():

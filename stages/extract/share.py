@@ -1,11 +1,11 @@
 """Which shards one of several extractions of the same cache computes, and in which order. No rank waits for another."""
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Self
 
 from stages.errors import SettingError
+from stages.torchrun import read_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +19,8 @@ class Share:
     @classmethod
     def of_torchrun(cls) -> Self:
         """What torchrun says in the environment; the only rank where it does not. Raises SettingError."""
-        rank, world = (os.environ.get(name) or default for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-        if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-            raise SettingError(
-                f"RANK = {rank!r} and WORLD_SIZE = {world!r} in the environment: expected 0 <= RANK < WORLD_SIZE"
-            )
-        return cls(rank=int(rank), world=int(world))
+        rank, world = read_ranks()
+        return cls(rank=rank, world=world)
 
     @classmethod
     def parse_part(cls, part: str) -> Self:

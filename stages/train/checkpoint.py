@@ -5,6 +5,9 @@ RUN/checkpoints/step_00000300/
   optimizer.safetensors            AdamW's averages by parameter name, float32
   trainer_state.json               written last: step, what the run was made from, size and crc32c of the other files,
                                    and the crc32c of all that
+
+Nothing in it depends on how many ranks wrote it, or how they share the weights: tensors are whole. Rank 0 writes and
+reads; the other ranks take part, since they hold parts of sharded tensors.
 """
 
 import json
@@ -12,8 +15,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,12 @@ from typing import Any
 import google_crc32c
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from stages.errors import StageError
 from stages.train.model import Qwen3DSparkModel
+from stages.train.parallel import ALONE, Ranks, place_like, whole
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -74,20 +78,25 @@ def save_checkpoint(
     draft_model: Qwen3DSparkModel,
     optimizer: torch.optim.Optimizer,
     keep_last: int,
+    ranks: Ranks = ALONE,
 ) -> Path:
-    """Write the checkpoint of `state.step` atomically and delete all but the last `keep_last`.
+    """Write the checkpoint of `state.step` atomically and delete all but the last `keep_last`. All ranks call it.
 
     Raises CheckpointError when the disk is full or refuses; the checkpoints before it are then still there.
     """
     final = checkpoints / f"step_{state.step:08d}"
     partial = checkpoints / f".{final.name}.{os.getpid()}.partial"
+    weights = _whole_weights(draft_model, dtype=torch.float32, ranks=ranks)
+    moments = _optimizer_tensors(draft_model, optimizer, ranks=ranks)
+    if not ranks.is_first:
+        return final
     with write_errors(final):
         checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in checkpoints.glob(".step_*.partial"):
             shutil.rmtree(leftover)
         with _publishing(partial, final):
-            draft_model.save_pretrained(partial)
-            save_file(_optimizer_tensors(draft_model, optimizer), partial / OPTIMIZER_FILE)
+            _save_weights(partial, draft_model=draft_model, weights=weights)
+            save_file(moments, partial / OPTIMIZER_FILE)
             files = {file.name: describe_file(file).model_dump() for file in sorted(partial.iterdir())}
             record = {"step": state.step, "made_from": state.made_from, "files": files}
             (partial / STATE_FILE).write_text(json.dumps({**record, "crc32c": _record_crc32c(record)}, indent=2))
@@ -98,20 +107,19 @@ def save_checkpoint(
     return final
 
 
-def save_draft(folder: Path, *, draft_model: Qwen3DSparkModel, dtype: torch.dtype) -> None:
+def save_draft(folder: Path, *, draft_model: Qwen3DSparkModel, dtype: torch.dtype, ranks: Ranks = ALONE) -> None:
     """Write the draft as servers load it, its weights in `dtype`; whole or not at all. The model is not cast.
 
-    Raises CheckpointError when the disk is full or refuses.
+    All ranks call it. Raises CheckpointError when the disk is full or refuses.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    with torch.device("meta"):
-        copy = type(draft_model)(draft_model.config)
-    tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in draft_model.state_dict().items()}
-    copy.load_state_dict(tensors, assign=True)
+    weights = _whole_weights(draft_model, dtype=dtype, ranks=ranks)
+    if not ranks.is_first:
+        return
     with write_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
         with _publishing(partial, folder):
-            copy.save_pretrained(partial)
+            _save_weights(partial, draft_model=draft_model, weights=weights)
 
 
 def find_checkpoint(checkpoints: Path) -> tuple[Path, TrainerState] | None:
@@ -132,14 +140,29 @@ def find_checkpoint(checkpoints: Path) -> tuple[Path, TrainerState] | None:
     return None
 
 
-def load_checkpoint(folder: Path, *, draft_model: Qwen3DSparkModel, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and optimizer state of a checkpoint that `find_checkpoint` returned into the given objects."""
-    draft_model.load_state_dict(load_file(folder / "model.safetensors"))
-    tensors = load_file(folder / OPTIMIZER_FILE)
-    for name, parameter in _trained_parameters(draft_model):
-        keys = [key for key in ADAMW_KEYS if f"{name}.{key}" in tensors]  # none for a head whose loss weight is 0
-        if keys:
-            optimizer.state[parameter] = {key: _place(tensors[f"{name}.{key}"], key, parameter) for key in keys}
+def load_checkpoint(
+    folder: Path, *, draft_model: Qwen3DSparkModel, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE
+) -> None:
+    """Put weights and optimizer state of a checkpoint that `find_checkpoint` returned into the given objects.
+
+    All ranks call it, rank 0 alone reads. The target's embedding and head are left: the run's cache has the same.
+    """
+    with ExitStack() as stack:
+
+        def open_(name: str) -> Any:
+            return stack.enter_context(safe_open(folder / name, framework="pt")) if ranks.is_first else None
+
+        model_file, optimizer_file = open_("model.safetensors"), open_(OPTIMIZER_FILE)
+        stored = ranks.on_first(lambda: set(optimizer_file.keys()))
+        for name, parameter in _trained_parameters(draft_model):
+            with torch.no_grad():
+                parameter.copy_(_read_shared(model_file, name, like=parameter, ranks=ranks))
+            keys = [key for key in ADAMW_KEYS if f"{name}.{key}" in stored]  # none for a head whose loss weight is 0
+            if keys:
+                optimizer.state[parameter] = {
+                    key: _read_shared(optimizer_file, f"{name}.{key}", like=_like(parameter, key), ranks=ranks)
+                    for key in keys
+                }
 
 
 @contextmanager
@@ -187,16 +210,55 @@ def _record_crc32c(record: dict[str, Any]) -> int:
     return int(google_crc32c.value(json.dumps(record, sort_keys=True, separators=(",", ":")).encode("ascii")))
 
 
-def _optimizer_tensors(draft_model: Qwen3DSparkModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, parameter in _trained_parameters(draft_model):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
-    return tensors
+def _whole_weights(draft_model: Qwen3DSparkModel, *, dtype: torch.dtype, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The model's tensors by name, on rank 0's CPU; nothing on the other ranks."""
+    tensors = draft_model.state_dict().items()
+    return _collect(tensors, convert=lambda tensor: tensor.to("cpu", dtype), ranks=ranks)
 
 
-def _place(tensor: torch.Tensor, key: str, parameter: torch.nn.Parameter) -> torch.Tensor:
-    return tensor if key == "step" else tensor.to(parameter.device)  # AdamW keeps its step counter on the CPU
+def _optimizer_tensors(
+    draft_model: Qwen3DSparkModel, optimizer: torch.optim.Optimizer, *, ranks: Ranks
+) -> dict[str, torch.Tensor]:
+    """AdamW's averages by parameter and key, on rank 0's CPU; nothing on the other ranks."""
+    tensors = (
+        (f"{name}.{key}", value)
+        for name, parameter in _trained_parameters(draft_model)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    )
+    return _collect(tensors, convert=lambda tensor: tensor.cpu().contiguous(), ranks=ranks)
+
+
+def _collect(
+    tensors: Iterable[tuple[str, torch.Tensor]], *, convert: Callable[[torch.Tensor], torch.Tensor], ranks: Ranks
+) -> dict[str, torch.Tensor]:
+    """Put sharded tensors together, one at a time, so that no device holds more than one of them whole."""
+    collected = {}
+    for name, tensor in tensors:
+        put_together = whole(tensor.detach())
+        if ranks.is_first:
+            collected[name] = convert(put_together)
+    return collected
+
+
+def _save_weights(folder: Path, *, draft_model: Qwen3DSparkModel, weights: dict[str, torch.Tensor]) -> None:
+    """`save_pretrained` of a model with the draft's config and these weights."""
+    with torch.device("meta"):
+        copy = type(draft_model)(draft_model.config)
+    copy.load_state_dict(weights, assign=True)
+    copy.save_pretrained(folder)
+
+
+def _read_shared(file: Any, name: str, *, like: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Rank 0 reads the tensor `name`, the others get it from there; in shape and device as `like`, sharded as it is."""
+    if ranks.is_first:
+        tensor = file.get_tensor(name).to(like.device)
+    else:
+        tensor = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    return place_like(ranks.broadcast_(tensor), like)
+
+
+def _like(parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+    return torch.empty(()) if key == "step" else parameter  # AdamW keeps its step counter on the CPU
 
 
 def _trained_parameters(draft_model: Qwen3DSparkModel) -> Iterator[tuple[str, torch.nn.Parameter]]:

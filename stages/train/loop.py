@@ -3,32 +3,31 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from stages.errors import StageError
 from stages.train.anchors import anchor_candidates
+from stages.train.batches import PlannedBatch
+from stages.train.coverage import count_slots
 from stages.train.feed import BatchFeed, FedBatch, PlannedStep
+from stages.train.interrupt import StopRequest
 from stages.train.metrics import MetricsLog, StepTotals
-from stages.train.module import DSparkTrainerModule
+from stages.train.nonfinite import NonFiniteLossError, find_culprit, keep_batch
 from stages.train.order import Schedule, digest_order, learning_rate, plan_windows
-from stages.train.parallel import Ranks
+from stages.train.parallel import Ranks, last_backward, unwrap, whole
+from stages.train.profiling import StepProfiler
 from stages.train.settings import TrainSection
+from stages.train.validation import Validate, Validation
 from storage import CacheReader
-
-Validate = Callable[[DSparkTrainerModule], dict[str, Any]]
 
 REPORT_SECONDS = 20  # a step that takes longer says how far it is
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteLossError(StageError, RuntimeError):
-    """The loss became NaN or infinite; the message names the samples of the step."""
 
 
 class NothingSupervisedError(StageError, ValueError):
@@ -39,39 +38,50 @@ class NothingSupervisedError(StageError, ValueError):
 class Stepper:
     """What a step works on. `step` changes the module's weights and the optimizer's state, and nothing else."""
 
-    module: DSparkTrainerModule
+    module: torch.nn.Module
+    """What `parallel.wrap` returned."""
     optimizer: torch.optim.Optimizer
     train: TrainSection
     ranks: Ranks
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def step(self, batches: Iterable[FedBatch], *, lr: float) -> dict[str, Any]:
         """One optimizer step over this rank's micro-batches; the row to log. Raises NonFiniteLossError.
 
         Sums are differentiated, and divided by the step's denominator once it is known: when all ranks have done their
-        micro-batches.
+        micro-batches. The same reduction tells whether a rank was asked to stop (`stop.agreed`).
         """
         totals = StepTotals()
         self.module.train()
-        num_tokens, sample_ids, waited = 0, list[int](), 0.0
+        losses, planned, waited = list[torch.Tensor](), list[PlannedBatch](), 0.0
         reported = time.monotonic()
         for batch in batches:
-            with compute_dtype(self.ranks.device, self.train.dtype), self.ranks.last_backward(batch.is_last):
+            with compute_dtype(self.ranks.device, self.train.dtype), last_backward(self.module, batch.is_last):
                 metrics = self.module(**batch.arguments)
                 metrics.loss_num.backward()
             totals.add(metrics)
-            num_tokens += batch.planned.num_tokens if batch.planned.indices else 0
-            sample_ids.extend(batch.planned.sample_ids)
+            totals.count(**count_slots(batch.planned, block_size=unwrap(self.module).draft_model.block_size))
+            totals.count(num_tokens=batch.planned.num_tokens if batch.planned.indices else 0)
+            losses.append(metrics.loss_num.detach())
+            planned.append(batch.planned)
             waited += batch.waited_seconds
             if time.monotonic() - reported > REPORT_SECONDS:
                 reported = time.monotonic()
                 logger.info("  micro-batch %d of %d of this step", batch.number, batch.num_batches)
+        totals.count(num_asked_to_stop=int(self.stop.asked_by is not None))
         totals.reduce(self.ranks)
-        row = totals.ratios()
-        norm = self._scale_gradients(float(totals.sums()["loss_den"]))
+        sums, row = totals.sums(), totals.ratios()
+        self.stop.learn(float(sums["num_asked_to_stop"]))
+        norm = self._scale_gradients(float(sums["loss_den"]))
         if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            only_gradient = math.isfinite(row["loss"])
+            culprit = find_culprit(losses, planned, or_last=only_gradient and self.ranks.rank == 0)
             raise NonFiniteLossError(
-                f"the loss is {row['loss']} and the gradient's norm {norm} on samples {sample_ids}; no weight was "
-                'changed by this step. Lower train.lr, or try train.dtype = "float32"'
+                f"the loss is {row['loss']} and the gradient's norm {norm} on samples "
+                f"{list(culprit.sample_ids) if culprit else 'of another rank'}; no weight was changed by this step. "
+                'Lower train.lr, or try train.dtype = "float32"',
+                batch=culprit,
             )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -81,7 +91,6 @@ class Stepper:
             **row,
             "lr": lr,
             "grad_norm": norm,
-            "num_tokens": num_tokens,
             "num_micro_batches": batch.num_batches,
             "waited_seconds": waited,
         }
@@ -89,7 +98,7 @@ class Stepper:
     def _scale_gradients(self, denominator: float) -> float:
         """Divide the gradients by the denominator and clip them; their norm before clipping."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / max(denominator, 1e-30)
+        norm = float(whole(torch.nn.utils.get_total_norm(gradients))) / max(denominator, 1e-30)
         torch._foreach_mul_(gradients, min(1.0, self.train.clip_norm / (norm + 1e-6)) / max(denominator, 1e-30))
         return norm
 
@@ -110,36 +119,57 @@ def plan_steps(reader: CacheReader, train: TrainSection, *, schedule: Schedule, 
 
 
 def run_steps(
-    stepper: Stepper, feed: BatchFeed, *, schedule: Schedule, start: int, log: MetricsLog, validate: Validate | None
+    stepper: Stepper,
+    feed: BatchFeed,
+    *,
+    schedule: Schedule,
+    start: int,
+    log: MetricsLog | None,
+    validate: Validate | None,
+    profiler: StepProfiler | None = None,
 ) -> Iterator[int]:
     """Do the steps from `start` on, log each, and yield after each how many are done, for the caller to save them.
 
-    Validation comes every `train.validate_every` steps (default: once an epoch) and after the last.
-    Raises NothingSupervisedError before the first step.
+    `log` is rank 0's. Validation comes every `train.validate_every` steps (default: once an epoch) and after the last.
+    Ends early once `stepper.stop` is agreed on. Raises NonFiniteLossError, and before the first step
+    NothingSupervisedError.
     """
-    train, reader = stepper.train, feed.reader
+    train, reader, stop = stepper.train, feed.reader, stepper.stop
     check_supervision(reader)
-    validate_every = train.validate_every or schedule.steps_per_epoch
-    logger.info(
-        "%d conversations, %d of them a step: %d steps an epoch, %d steps in all",
-        schedule.num_samples, train.global_batch_size, schedule.steps_per_epoch, schedule.num_steps,
-    )  # fmt: skip
+    every = train.validate_every or schedule.steps_per_epoch
+    validation = Validation(validate=validate, every=every, num_steps=schedule.num_steps, log=log)
+    if start < schedule.num_steps:
+        logger.info(
+            "%d conversations, %d of them a step: %d steps an epoch, %d steps in all",
+            schedule.num_samples, train.global_batch_size, schedule.steps_per_epoch, schedule.num_steps,
+        )  # fmt: skip
+    if stepper.ranks.on_first(lambda: validation.is_missing(start)):
+        validation.run(stepper.module, start)
+    if stop.agree(stepper.ranks):
+        return
     pace = _Pace(num_steps=schedule.num_steps, start=start)
     for planned, batches in feed.run(plan_steps(reader, train, schedule=schedule, start=start)):
         lr = learning_rate(
             planned.step, num_steps=schedule.num_steps, peak=train.lr, warmup_fraction=train.warmup_fraction
         )
-        row = stepper.step(batches, lr=lr)
+        with keep_batch(feed, planned, folder=train.run_dir / "nonfinite"):
+            row = stepper.step(batches, lr=lr)
         done = planned.step + 1
         row = {"step": done, "epoch": planned.epoch, **row, **pace.after_step(row["num_tokens"])}
-        log.write("train", row)
+        row["wait_share"] = row["waited_seconds"] / row["seconds"]
+        if log is not None:
+            log.write("train", row)
         logger.info("%s", format_step(row, num_steps=schedule.num_steps))
         with pace.paused():
-            if validate is not None and (done % validate_every == 0 or done == schedule.num_steps):
-                result = {"step": done, **validate(stepper.module)}
-                log.write("validation", result)
-                logger.info("step %6d  validation  tau %.3f", done, result["tau"])
+            if profiler is not None:
+                profiler.after_step(done, num_micro_batches=row["num_micro_batches"])
             yield done
+            if stop.agreed:
+                return
+            if validation.is_due(done):
+                validation.run(stepper.module, done)
+                if stop.agree(stepper.ranks):
+                    return
 
 
 def check_supervision(reader: CacheReader) -> None:
@@ -167,7 +197,7 @@ def format_step(row: dict[str, Any], *, num_steps: int) -> str:
     return (
         f"step {row['step']:6d}/{num_steps}  epoch {row['epoch']:3d}  loss {row['loss']:7.4f}  tau {row['tau']:6.3f}  "
         f"accept {accept[0]:5.3f}..{accept[-1]:5.3f}  lr {row['lr']:8.2e}  norm {row['grad_norm']:8.3f}  "
-        f"{row['tokens_per_second']:9,.0f} tok/s  ETA {eta}"
+        f"{row['tokens_per_second']:9,.0f} tok/s  wait {row['wait_share']:4.0%}  ETA {eta}"
     )
 
 

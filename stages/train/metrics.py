@@ -28,6 +28,15 @@ SUMMED = (
     "confidence_bias_num",
     "confidence_diag_den",
 )
+# Numbers of this side of the device, which travel with them: `count_slots`'s, and those of `Stepper.step`.
+COUNTED = (
+    "num_tokens",
+    "num_blocks",
+    "num_slots",
+    "num_supervised_tokens",
+    "num_predicted_tokens",
+    "num_asked_to_stop",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,28 +46,39 @@ class StepTotals:
 
     def __init__(self) -> None:
         self._sum: torch.Tensor | None = None
+        self._counts = dict.fromkeys(COUNTED, 0)
 
     def add(self, metrics: DSparkStepMetrics) -> None:
         parts = torch.cat([getattr(metrics, name).detach().double().reshape(-1) for name in SUMMED])
         self._sum = parts if self._sum is None else self._sum + parts
 
+    def count(self, **counts: int) -> None:
+        """Add to numbers of `COUNTED`."""
+        for name, count in counts.items():
+            self._counts[name] += count
+
     def reduce(self, ranks: Ranks) -> None:
         """Add up the ranks' sums: the step's only reduction beside that of the gradients."""
         if self._sum is None:
             raise AssertionError("a step without a micro-batch")
-        ranks.sum_(self._sum)
+        counts = torch.tensor([self._counts[name] for name in COUNTED], dtype=torch.double)
+        self._sum = ranks.sum_(torch.cat([self._sum, counts.to(self._sum.device)]))
 
     def sums(self) -> dict[str, torch.Tensor]:
-        """Each sum by its name in `DSparkStepMetrics`, on the CPU."""
+        """Each sum by its name in `DSparkStepMetrics` or in `COUNTED`, on the CPU, once they are reduced."""
         if self._sum is None:
             raise AssertionError("a step without a micro-batch")
-        total = self._sum.cpu()
-        block_size = (len(total) - len(SUMMED) + len(PER_SLOT)) // len(PER_SLOT)
-        parts = torch.split(total, [block_size if name in PER_SLOT else 1 for name in SUMMED])
-        return {name: part if name in PER_SLOT else part.squeeze(0) for name, part in zip(SUMMED, parts, strict=True)}
+        total, names = self._sum.cpu(), SUMMED + COUNTED
+        block_size = (len(total) - len(names) + len(PER_SLOT)) // len(PER_SLOT)
+        parts = torch.split(total, [block_size if name in PER_SLOT else 1 for name in names])
+        return {name: part if name in PER_SLOT else part.squeeze(0) for name, part in zip(names, parts, strict=True)}
 
     def ratios(self) -> dict[str, Any]:
-        """Losses, tau, and acceptance by slot, each the ratio of its sums; 0 where nothing was supervised."""
+        """Losses, tau, and acceptance by slot, each the ratio of its sums; 0 where nothing was supervised.
+
+        `coverage` is the share of the supervised tokens that at least one supervised slot predicts. Beside the ratios
+        stand the counts of tokens, blocks and supervised slots.
+        """
         sums = self.sums()
         weight = sums["loss_den"].clamp_min(1e-30)
         per_slot = sums["accept_rate_per_pos_num"] / sums["accept_rate_per_pos_den"].clamp_min(1e-30)
@@ -72,6 +92,8 @@ class StepTotals:
             "confidence_abs_error": float(sums["confidence_abs_error_num"] / diagnosed),
             "confidence_bias": float(sums["confidence_bias_num"] / diagnosed),
             "accept_rate_per_pos": [float(rate) for rate in per_slot],
+            "coverage": float(sums["num_predicted_tokens"] / sums["num_supervised_tokens"].clamp_min(1)),
+            **{name: int(sums[name]) for name in ("num_tokens", "num_blocks", "num_slots")},
         }
 
 
@@ -80,13 +102,21 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, *, resume_step: int) -> None:
         self._file = run_dir / "metrics.jsonl"
-        kept = [line for line, row in _parse_rows(self._file) if row["step"] <= resume_step]
+        kept, self._written = [], set[tuple[str, int]]()
+        for line, row in _parse_rows(self._file):
+            if row["step"] <= resume_step:
+                kept.append(line)
+                self._written.add((str(row.get("kind")), row["step"]))
         with write_errors(self._file):
             temp = self._file.with_name(f".{self._file.name}.partial")
             temp.write_text("".join(kept), encoding="utf-8")
             temp.replace(self._file)
             self._stream = self._file.open("a", buffering=1, encoding="utf-8")
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether a row was there when the log was opened."""
+        return (kind, step) in self._written
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
         """One row; `row["step"]` counts the optimizer steps done."""

@@ -197,6 +197,22 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
                 )
             own.weight.copy_(given)
 
+    @torch.no_grad()
+    def keep_target_head_in(self, dtype: torch.dtype) -> None:
+        """Keep the target's embedding and head in `dtype`, each only where that loses nothing.
+
+        Autocast casts a weight that needs no gradient anew for every product.
+        """
+        for module in (self.embed_tokens, self.lm_head):
+            narrow = module.weight.to(dtype)
+            if torch.equal(narrow.to(module.weight.dtype), module.weight):
+                module.weight = nn.Parameter(narrow, requires_grad=False)
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] ids to [..., D]. Under autocast in float32, whatever the embedding is kept in: layers add to it."""
+        states = self.embed_tokens(ids)
+        return at_least_float32(states) if torch.is_autocast_enabled(states.device.type) else states
+
     def project_context(self, target_hidden_BSX: torch.Tensor) -> torch.Tensor:
         """The target's layers [B, S, L*D], side by side in ascending id order, as every layer's context [B, S, D]."""
         if not torch.is_autocast_enabled(target_hidden_BSX.device.type):
@@ -217,7 +233,7 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """h, the state after the final norm, of each slot: [B, Q, D]. `mask` as in `DenseAttention`."""
-        states_BQD = self.embed_tokens(block_ids_BQ)
+        states_BQD = self._embed(block_ids_BQ)
         rope = self.rotary_emb(states_BQD, positions_BQ)
         for layer, key_value in zip(self.layers, context, strict=True):
             states_BQD = layer(states_BQD, rope, key_value, DenseAttention(mask=mask))
@@ -275,7 +291,7 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
         ids_MK = torch.full((len(anchor_M), self.block_size), self.config.mask_token_id, device=input_ids.device)
         ids_MK[:, 0] = input_ids.flatten()[anchor_M]
         queries_N = slots_K if is_empty else slots.block * self.block_size + slots.slot
-        states = self.embed_tokens(ids_MK.view(1, -1))
+        states = self._embed(ids_MK.view(1, -1))
         rope = self.rotary_emb(states, positions_1Q)
         # 2. The context tokens that some block sees; where a block's begin and end among them.
         seen_X = _seen(start_X[anchor_M], anchor_M, num_tokens=num_rows * num_tokens)

@@ -128,7 +128,7 @@ class DSparkTrainerModule(nn.Module):
             input_ids, target_hidden_states, loss_mask, target_last_hidden_states,
             seq_lens=seq_lens, anchor_positions=anchor_positions,
         )  # fmt: skip
-        if len(supervision.slots) == 0:
+        if len(supervision.slots) == 0 and input_ids.shape[1] > 1:  # one token stands in for a missing row
             self._count_empty_batch()
         return self._reduce(supervision, terms)
 

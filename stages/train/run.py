@@ -5,15 +5,15 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import AutoConfig, Qwen3Config
 
-from stages.device import choose_device
 from stages.errors import SettingError
 from stages.train.checkpoint import (
     CheckpointError,
@@ -26,44 +26,56 @@ from stages.train.checkpoint import (
 )
 from stages.train.config import build_draft_config
 from stages.train.feed import BatchFeed
-from stages.train.loop import Stepper, Validate, run_steps
+from stages.train.interrupt import StopRequest
+from stages.train.loop import Stepper, run_steps
+from stages.train.memory import check_memory, estimate_memory, free_memory, largest_batch
 from stages.train.metrics import MetricsLog
 from stages.train.model import Qwen3DSparkModel
 from stages.train.module import DSparkTrainerModule
-from stages.train.order import plan_schedule, resolve_window
-from stages.train.parallel import Ranks
+from stages.train.order import Schedule, plan_schedule, resolve_window
+from stages.train.parallel import ALONE, Ranks, wrap
+from stages.train.profiling import StepProfiler
 from stages.train.settings import DraftSection, ObjectiveSection, TrainSection
+from stages.train.validation import Validate
+from stages.train.warm_start import digest_draft, load_initial_weights
 from storage import CacheReader
 
-# Settings that may differ between a run and its resume: they change no weight.
-FREE_TRAIN_KEYS = {"run_dir", "device", "validate_every", "checkpoint_every", "keep_last"}
+# Settings that may differ between a run and its resume: they change no weight, or only in how a sum is rounded, as
+# another device or another number of ranks does.
+FREE_TRAIN_KEYS = {
+    "run_dir", "device", "parallel", "compile", "activation_checkpointing",
+    "validate_every", "checkpoint_every", "keep_last",
+}  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """Where the draft lies, how many steps made it, and whether this call did any of them."""
+    """Where the draft lies, how many steps are done, and whether this call did any of them.
+
+    `was_stopped`: it was asked to stop. If that came before the last step, there is a checkpoint of what is done, and
+    the same command continues; the draft is not written yet.
+    """
 
     draft_dir: Path
     num_steps: int
     was_complete: bool
+    was_stopped: bool = False
 
 
-def build_draft(draft: DraftSection, reader: CacheReader, *, seed: int) -> Qwen3DSparkModel:
-    """A new draft for the cache's target, with the target's embedding and head in place.
+def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
+    """The config of a draft for the cache's target, whose files are checked.
 
-    Initial weights are a function of the seed and of the draft's config. Raises SettingError, and CacheError when a
-    file of the target is not the one that the cache was made with.
+    Raises SettingError, and CacheError when a file of the target is not the one that the cache was made with.
     """
-    from transformers import AutoConfig
 
     target_dir = reader.check_target("config.json", "head.safetensors")
     try:
         target_config = AutoConfig.from_pretrained(target_dir)
     except (OSError, ValueError) as error:
         raise SettingError(f"{target_dir}/config.json: this version of transformers cannot read it: {error}") from error
-    config = build_draft_config(
+    return build_draft_config(
         target_config,
         num_draft_layers=draft.num_layers,
         block_size=draft.block_size,
@@ -76,11 +88,24 @@ def build_draft(draft: DraftSection, reader: CacheReader, *, seed: int) -> Qwen3
         confidence_head_with_markov=draft.confidence_head_with_markov,
         intermediate_size=draft.intermediate_size,
     )
+
+
+def build_draft(
+    draft: DraftSection, reader: CacheReader, *, seed: int, config: Qwen3Config | None = None
+) -> Qwen3DSparkModel:
+    """A new draft for the cache's target, with the target's embedding and head in place.
+
+    Initial weights are a function of the seed and of the draft's config, or those of `draft.init_from`. `config` is
+    `plan_draft`'s, if it is there already. Raises as that.
+    """
+    config = config or plan_draft(draft, reader)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3DSparkModel(config)
-    with safe_open(target_dir / "head.safetensors", framework="pt") as head:
+    with safe_open(reader.target_dir / "head.safetensors", framework="pt") as head:
         model.load_target_head(head.get_tensor("embed_tokens.weight"), head.get_tensor("lm_head.weight"))
+    if draft.init_from is not None:
+        load_initial_weights(model, draft.init_from)
     return model
 
 
@@ -91,11 +116,15 @@ def train(
     objective: ObjectiveSection,
     train: TrainSection,
     validate: Validate | None = None,
+    stop: StopRequest | None = None,
+    profiled: bool = False,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
-    """Train a draft, or finish the training that `train.run_dir` holds.
+    """Train a draft, or finish the training that `train.run_dir` holds. All ranks call it with the same arguments.
 
     `reader` gives the layers that the draft sees. `validate` is called with the module at intervals, and what it
-    returns is logged. The draft that servers load is written to RUN/draft when the last step is done.
+    returns is logged. The draft that servers load is written to RUN/draft when the last step is done. Once `stop` is
+    asked for, the step in progress is finished and a checkpoint written. `profiled`: a trace goes to RUN/profile.
 
     Raises SettingError for settings that do not fit the cache, CheckpointError for a run made from other settings and
     for a disk that is full, CacheError for a damaged cache, NonFiniteLossError, NothingSupervisedError.
@@ -104,42 +133,57 @@ def train(
     schedule = plan_schedule(train, num_samples=len(reader.split_indices("train")))
     train = resolve_window(train, is_remote=reader.is_remote)
     made_from = describe_inputs(reader, draft=draft, objective=objective, train=train)
-    with _exclusive(train.run_dir):
-        # 2. Model, optimizer, and the newest checkpoint.
-        device = choose_device(train.device)
-        model = build_draft(draft, reader, seed=train.seed).to(device)
-        module = DSparkTrainerModule(model, **objective_arguments(objective))
+    stop = stop or StopRequest()
+    draft_dir, checkpoints = train.run_dir / "draft", train.run_dir / "checkpoints"
+    with ExitStack() as opened:
+        ranks.on_first(lambda: opened.enter_context(_exclusive(train.run_dir)))
+        ranks.on_first(lambda: check_folder(draft_dir))
+        # 2. The newest checkpoint, and whether what is left to do fits the device.
+        folder, start = ranks.on_first(lambda: _find_start(train.run_dir, made_from=made_from))
+        config = plan_draft(draft, reader)
+        if start < schedule.num_steps:
+            _check_memory(reader, train, schedule=schedule, config=config, ranks=ranks)
+        # 3. Model and optimizer.
+        model = build_draft(draft, reader, seed=train.seed, config=config)
+        module = wrap(DSparkTrainerModule(model, **objective_arguments(objective)), ranks=ranks, train=train)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
-        start = _resume(train.run_dir, made_from=made_from, model=model, optimizer=optimizer)
-        draft_dir = train.run_dir / "draft"
-        check_folder(draft_dir)
-        if start == schedule.num_steps:  # written anew all the same: nothing says that the one there is whole
-            save_draft(draft_dir, draft_model=model, dtype=getattr(torch, train.dtype))
-            return TrainResult(draft_dir=draft_dir, num_steps=start, was_complete=True)
-        # 3. Steps.
-        if start:
+        if folder is not None:
+            load_checkpoint(folder, draft_model=model, optimizer=optimizer, ranks=ranks)
+        # 4. Steps.
+        if 0 < start < schedule.num_steps:
             logger.info("continuing behind step %d of %d", start, schedule.num_steps)
-        log = MetricsLog(train.run_dir, resume_step=start)
-        try:
-            ranks = Ranks(device=device)
-            stepper = Stepper(module=module, optimizer=optimizer, train=train, ranks=ranks)
-            feed = BatchFeed(
-                reader=reader, train=train, num_anchors=draft.num_anchors, device=device,
-                rank=ranks.rank, world=ranks.world,
-            )  # fmt: skip
-            for done in run_steps(stepper, feed, schedule=schedule, start=start, log=log, validate=validate):
-                if done % train.checkpoint_every == 0 or done == schedule.num_steps:
-                    state = TrainerState(step=done, made_from=made_from)
-                    save_checkpoint(
-                        train.run_dir / "checkpoints",
-                        state=state, draft_model=model, optimizer=optimizer, keep_last=train.keep_last,
-                    )  # fmt: skip
-        finally:
-            log.close()
-        # 4. The draft that servers load.
-        save_draft(draft_dir, draft_model=model, dtype=getattr(torch, train.dtype))
-    return TrainResult(draft_dir=draft_dir, num_steps=schedule.num_steps, was_complete=False)
+        log, profiler = _open_outputs(opened, train.run_dir, start=start, profiled=profiled, ranks=ranks)
+        stepper = Stepper(module=module, optimizer=optimizer, train=train, ranks=ranks, stop=stop)
+        feed = BatchFeed(
+            reader=reader, train=train, num_anchors=draft.num_anchors, device=ranks.device,
+            rank=ranks.rank, world=ranks.world,
+        )  # fmt: skip
+
+        def save(done: int) -> int:
+            state = TrainerState(step=done, made_from=made_from)
+            save_checkpoint(
+                checkpoints, state=state, draft_model=model, optimizer=optimizer, keep_last=train.keep_last, ranks=ranks
+            )
+            return done
+
+        done = saved = start
+        for done in run_steps(
+            stepper, feed, schedule=schedule, start=start, log=log, validate=validate, profiler=profiler
+        ):
+            if done % train.checkpoint_every == 0 or done == schedule.num_steps:
+                saved = save(done)
+        if done != saved:  # asked to stop in between
+            saved = save(done)
+        # 5. The draft that servers load; written anew for a run that was complete: nothing says that it is whole.
+        if done == schedule.num_steps:
+            save_draft(draft_dir, draft_model=model, dtype=getattr(torch, train.dtype), ranks=ranks)
+        was_stopped = stop.agree(ranks)  # also while the last files were written
+    if was_stopped:
+        logger.info("%s", _describe_stop(stop, checkpoints, done=done, num_steps=schedule.num_steps))
+    return TrainResult(
+        draft_dir=draft_dir, num_steps=done, was_complete=start == schedule.num_steps, was_stopped=was_stopped
+    )
 
 
 def objective_arguments(objective: ObjectiveSection) -> dict[str, Any]:
@@ -154,23 +198,24 @@ def describe_inputs(
     reader: CacheReader, *, draft: DraftSection, objective: ObjectiveSection, train: TrainSection
 ) -> dict[str, Any]:
     """Everything that a resumed run must have in common with the run that it continues, as plain JSON values."""
+    model = draft.model_dump(mode="json")
+    if draft.init_from is not None:  # what the weights are counts, not where they lie
+        model["init_from"] = f"sha256 {digest_draft(draft.init_from)}"
     knobs = {key: value for key, value in train.model_dump(mode="json").items() if key not in FREE_TRAIN_KEYS}
     return {
         "cache.identity": reader.identity.digest(),
         "cache.plan": reader.manifest.plan_digest,
-        **{f"draft.{key}": value for key, value in draft.model_dump(mode="json").items()},
+        **{f"draft.{key}": value for key, value in model.items()},
         **{f"objective.{key}": value for key, value in objective.model_dump(mode="json").items()},
         **{f"train.{key}": value for key, value in knobs.items()},
     }
 
 
-def _resume(
-    run_dir: Path, *, made_from: dict[str, Any], model: Qwen3DSparkModel, optimizer: torch.optim.Optimizer
-) -> int:
-    """Load the newest whole checkpoint, if there is one; the number of steps that are done."""
+def _find_start(run_dir: Path, *, made_from: dict[str, Any]) -> tuple[Path | None, int]:
+    """The newest whole checkpoint, if there is one, and the number of steps that are done. Raises CheckpointError."""
     found = find_checkpoint(run_dir / "checkpoints")
     if found is None:
-        return 0
+        return None, 0
     folder, state = found
     keys = sorted(set(made_from) | set(state.made_from))
     differing = [key for key in keys if made_from.get(key) != state.made_from.get(key)]
@@ -180,8 +225,42 @@ def _resume(
             "\n".join([f"{run_dir} holds a run made from something else:", *lines])
             + "\nset train.run_dir to a new folder, or restore these settings to continue"
         )
-    load_checkpoint(folder, draft_model=model, optimizer=optimizer)
-    return state.step
+    return folder, state.step
+
+
+def _check_memory(
+    reader: CacheReader, train: TrainSection, *, schedule: Schedule, config: Qwen3Config, ranks: Ranks
+) -> None:
+    """Refuse a run whose least does not fit this rank's device. Raises SettingError."""
+    device = ranks.device
+    shape = largest_batch(reader, train, schedule=schedule, config=config, device=device)
+    estimate = estimate_memory(
+        config, shape, dtype=train.dtype, device=device, state_bytes=reader.dtype.itemsize,
+        num_shards=ranks.world if train.parallel == "fsdp" else 1, recomputes=train.activation_checkpointing,
+    )  # fmt: skip
+    check_memory(estimate, shape, free=free_memory(device), device=device)
+
+
+def _open_outputs(
+    opened: ExitStack, run_dir: Path, *, start: int, profiled: bool, ranks: Ranks
+) -> tuple[MetricsLog | None, StepProfiler | None]:
+    """The log and, if asked for, the profiler, closed with `opened`. Both are rank 0's."""
+    if not ranks.is_first:
+        return None, None
+    log = MetricsLog(run_dir, resume_step=start)
+    opened.callback(log.close)
+    profiler = opened.enter_context(StepProfiler(run_dir / "profile", device=ranks.device)) if profiled else None
+    return log, profiler
+
+
+def _describe_stop(stop: StopRequest, checkpoints: Path, *, done: int, num_steps: int) -> str:
+    """The line that says how to go on."""
+    by = f"stopped by {stop.asked_by or 'another rank'}"
+    if done == num_steps:
+        return f"{by} behind the last step: the draft is written; run the same command again for what follows it"
+    if done == 0:
+        return f"{by} before the first step: run the same command again to start"
+    return f"{by} behind step {done} of {num_steps}: run the same command again to continue from {checkpoints}"
 
 
 @contextmanager

@@ -33,6 +33,9 @@ class DraftSection(Section):
     """Train the head that predicts acceptance."""
     confidence_head_with_markov: bool = True
     """Let the confidence head see the previous token's Markov embedding."""
+    init_from: Path | None = None
+    """Draft folder or checkpoint whose weights the draft starts from: same target, layers and shapes, but it may have
+    fewer layers, and no Markov or confidence head. Default: random weights."""
 
 
 class ObjectiveSection(Section):
@@ -84,6 +87,13 @@ class TrainSection(Section):
     """Compute dtype; master weights and optimizer are float32 in either case."""
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How torchrun's processes train together: `ddp` (whole weights on each), `fsdp` (weights, gradients and optimizer
+    sharded). `auto`: ddp where there are several. Free to change when a run is continued, and so is their number."""
+    compile: bool = False
+    """Compile the draft's layers with torch.compile; needs a C++ compiler, on CUDA triton."""
+    activation_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass instead of keeping them."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds initial weights, order and anchors."""
     shuffle_window: int | None = Field(default=None, ge=0)

@@ -1,0 +1,122 @@
+"""Starting a draft from the weights of another one: a checkpoint, or a draft folder.
+
+Weights go over by name. What the new draft has beyond the old one starts fresh: layers behind its last, and heads. Any
+other difference is an error, since a draft with half of its weights from somewhere else trains, only badly.
+"""
+
+import hashlib
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import Qwen3Config
+
+from stages.errors import SettingError
+from stages.train.model import Qwen3DSparkModel
+
+CONFIDENCE_WEIGHT = "confidence_head.proj.weight"
+TARGET_TENSORS = ("embed_tokens.weight", "lm_head.weight")
+# Fields that no tensor's shape shows, and without which the weights mean something else.
+COMPARED_FIELDS = ("target_layer_ids", "mask_token_id", "rope_parameters", "num_attention_heads", "head_dim")
+COMPARED_ROWS = 256  # of the embeddings of draft and target; no two trained targets share so many
+HASH_CHUNK_BYTES = 1 << 22
+
+logger = logging.getLogger(__name__)
+
+
+def digest_draft(folder: Path) -> str:
+    """sha256 of the weights in a draft's folder: what a run that starts from it was made from. Raises SettingError."""
+    digest = hashlib.sha256()
+    try:
+        with _weights_file(folder).open("rb") as stream:
+            while chunk := stream.read(HASH_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise SettingError(f"draft.init_from: {folder}: cannot be read: {error}") from error
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def load_initial_weights(model: Qwen3DSparkModel, folder: Path) -> list[str]:
+    """Copy the weights of the draft in `folder` into `model`; the names of the tensors that start fresh.
+
+    Raises SettingError, which names every tensor and config field that does not fit; the model is then as it was.
+    """
+    where = f"draft.init_from: {folder}"
+    try:
+        config = Qwen3Config.from_pretrained(folder)
+        with safe_open(_weights_file(folder), framework="pt") as weights:
+            shapes = {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            fresh, problems = _compare(model, config, shapes)
+            if not problems and not same_rows(
+                weights.get_slice("embed_tokens.weight")[:COMPARED_ROWS], model.embed_tokens.weight[:COMPARED_ROWS]
+            ):
+                problems = ["  embed_tokens.weight: differs: it was trained for another target than the cache's"]
+            if problems:
+                raise SettingError("\n".join([f"{where}: does not fit the draft of this config:", *problems]))
+            taken = {name: weights.get_tensor(name) for name in model.state_dict() if name not in _kept(fresh)}
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, SettingError):
+            raise
+        raise SettingError(f"{where}: cannot be read as a draft: {error}") from error
+    broken = [name for name, tensor in taken.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise SettingError(f"{where}: NaN or infinite weights in {', '.join(broken)}")
+    own = model.state_dict()
+    for name, tensor in taken.items():
+        own[name].copy_(tensor)
+    logger.info("weights from %s: %d tensors; fresh: %s", folder, len(taken), ", ".join(fresh) if fresh else "none")
+    return fresh
+
+
+def same_rows(stored: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether two draws of embedding rows are those of one target, up to the rounding of a dtype."""
+    return stored.shape == own.shape and torch.allclose(stored.float(), own.float().cpu(), rtol=1e-2, atol=1e-3)
+
+
+def _compare(model: Qwen3DSparkModel, config: Qwen3Config, shapes: dict[str, list[int]]) -> tuple[list[str], list[str]]:
+    """Names that start fresh, and a line for each difference that is none by design."""
+    fresh, problems = [], []
+    for field in COMPARED_FIELDS:
+        old, new = getattr(config, field, None), getattr(model.config, field, None)
+        if old != new:
+            problems.append(f"  {field}: it has {old}, this draft {new}")
+    own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    sees_other = own.get(CONFIDENCE_WEIGHT) != shapes.get(CONFIDENCE_WEIGHT)  # then its bias means nothing either
+    for name, shape in own.items():
+        if shapes.get(name) == shape and not (sees_other and name.startswith("confidence_head.")):
+            continue
+        if name not in TARGET_TENSORS and _may_start_fresh(name, config, shapes):
+            fresh.append(name)
+        else:
+            problems.append(f"  {name}: it has {shapes.get(name, 'none')}, this draft {shape}")
+    problems.extend(f"  {name}: it has {shapes[name]}, this draft none" for name in shapes if name not in own)
+    return fresh, problems
+
+
+def _may_start_fresh(name: str, config: Qwen3Config, shapes: dict[str, list[int]]) -> bool:
+    """Layers behind the old draft's last; a head, or a part of it, that it lacks; and a confidence head that now sees
+    a Markov embedding which the old draft did not have."""
+    kind, _, rest = name.partition(".")
+    if kind == "layers":
+        return int(rest.partition(".")[0]) >= int(config.num_hidden_layers)
+    has_markov = any(other.startswith("markov_head.") for other in shapes)
+    if kind == "confidence_head":
+        return name not in shapes or not has_markov
+    return kind == "markov_head" and name not in shapes
+
+
+def _kept(fresh: list[str]) -> set[str]:
+    """Tensors that are not copied: the fresh ones, and the target's own, which the cache has in full precision."""
+    return {*fresh, *TARGET_TENSORS}
+
+
+def _weights_file(folder: Path) -> Path:
+    file = folder / "model.safetensors"
+    if not file.is_file() or not (folder / "config.json").is_file():
+        raise SettingError(
+            f"draft.init_from: {folder}: no draft here; expected config.json and model.safetensors, as in a run's "
+            "draft/ or one of its checkpoints/"
+        )
+    return file
