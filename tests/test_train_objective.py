@@ -9,7 +9,7 @@ from transformers import Qwen3Config
 
 from draft_reference import HIDDEN, VOCAB, Reference, make_document, pack, run_reference, tiny_config, tiny_model
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
-from stages.train.objective import Slots, expected_tokens
+from stages.train.slots import expected_tokens, find_slots
 
 ALPHAS = {"ce_loss_alpha": 0.3, "l1_loss_alpha": 0.8, "confidence_head_alpha": 1.3}
 
@@ -291,10 +291,12 @@ def test_cached_bfloat16_states_train_a_float32_draft() -> None:
 
 
 def test_tau_by_hand() -> None:
-    block = {"row": [0, 0, 0, 1], "anchor": [0, 0, 1, 1], "slot": [0, 1, 0, 0], "position": [0, 1, 0, 0]}
-    slots = Slots(num_anchors=2, block_size=2, **{name: torch.tensor(value) for name, value in block.items()})
-    tau = expected_tokens(torch.tensor([0.5, 0.5, 0.25, 1.0]), slots, num_rows=2)
-    assert tau.tolist() == [1.75, 1.25, 1.0, 2.0]
+    mask = torch.tensor([[1, 1, 1, 0, 1, 1], [1, 0, 0, 1, 1, 0]])
+    slots = find_slots(mask, torch.tensor([[0, 2, 4], [3, -1, -1]]), None, block_size=2)
+    assert slots.slot.tolist() == [0, 1, 0, 0]
+    assert slots.flat_position.tolist() == [0, 1, 4, 9]
+    tau = expected_tokens(torch.tensor([0.5, 0.5, 0.25, 1.0]), slots)
+    assert tau.tolist() == [1.75, 1.25, 2.0]
 
 
 def test_a_draft_that_equals_the_target_is_always_accepted() -> None:

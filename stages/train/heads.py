@@ -4,12 +4,14 @@ Both read h, the backbone's state after its final norm, which is also what `lm_h
 previous token x. A Markov head gives a latent of its rank; the bias on the logits is W2·latent, so that nothing of
 vocabulary size is made for slots that nobody needs (DSpark, arXiv 2607.05147).
 
-Shape suffixes: B rows, A anchors, K slots, D hidden, R rank, V vocabulary.
+Shape suffixes: B rows, A anchors, K slots, N supervised slots, M blocks, D hidden, R rank, V vocabulary.
 """
 
 import torch
 from torch import nn
 from transformers import Qwen3Config
+
+from stages.train.slots import Slots
 
 
 class LogitBias(nn.Linear):
@@ -31,8 +33,15 @@ class MarkovHead(nn.Module):
         return embedded
 
     def latent(self, h_BAKD: torch.Tensor, prev_tokens_BAK: torch.Tensor) -> torch.Tensor:
-        """Latents [B, A, K, R] of whole blocks, given the true previous token of each slot (slot 0: the anchor)."""
+        """Latents [B, A, K, R] of whole blocks, given the true previous token of each slot (slot 0: the anchor).
+
+        Here, and where the head looks at no other slot, any shape [...] of slots will do.
+        """
         return self.embed(prev_tokens_BAK)
+
+    def latent_of_slots(self, h_ND: torch.Tensor, prev_tokens_N: torch.Tensor, slots: Slots) -> torch.Tensor:
+        """Latents [N, R] of the supervised slots alone, from their h [N, D] and previous tokens [N]."""
+        return self.latent(h_ND, prev_tokens_N)
 
     def bias(self, latent: torch.Tensor) -> torch.Tensor:
         """W2·latent: [..., R] to [..., V]."""
@@ -71,6 +80,14 @@ class RnnMarkovHead(MarkovHead):
             state_BAR, latent_BAR = self.step(state_BAR, embedded_BAKR[:, :, slot], h_BAKD[:, :, slot])
             latents.append(latent_BAR)
         return torch.stack(latents, dim=2)
+
+    def latent_of_slots(self, h_ND: torch.Tensor, prev_tokens_N: torch.Tensor, slots: Slots) -> torch.Tensor:
+        # A block's supervised slots are its first ones: no latent depends on what is filled in behind them.
+        shape = (1, slots.num_blocks, slots.block_size)
+        h_1MKD = h_ND.new_zeros(*shape, h_ND.shape[-1]).index_put((slots.block * 0, slots.block, slots.slot), h_ND)
+        prev_1MK = prev_tokens_N.new_zeros(shape)
+        prev_1MK[0, slots.block, slots.slot] = prev_tokens_N
+        return self.latent(h_1MKD, prev_1MK)[0, slots.block, slots.slot]
 
     def step(
         self, state: torch.Tensor, embedded: torch.Tensor, hidden: torch.Tensor

@@ -2,15 +2,15 @@
 
 Tensor names are those that servers load. `embed_tokens` and `lm_head` are the target's and frozen.
 
-Shape suffixes: B rows, S context tokens, L target layers, D hidden, A anchors, K slots, Q = A*K, N any slots,
-V vocabulary, H heads, G key-value heads, E head size.
+Shape suffixes: B rows, S context tokens, X those of all rows, L target layers, D hidden, A anchors, K slots, M blocks,
+Q slots of all blocks, N any slots, V vocabulary, H heads, G key-value heads, E head size.
 """
 
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import nn
@@ -23,11 +23,28 @@ from transformers.models.qwen3.modeling_qwen3 import (
     rotate_half,
 )
 
-from stages.train.attention import KeyValue, attend_dense, block_mask
+from stages.train.attention import (
+    Attend,
+    BlockRanges,
+    DenseAttention,
+    FlexAttention,
+    GroupedAttention,
+    KeyValue,
+    block_mask,
+)
 from stages.train.documents import document_bounds
 from stages.train.heads import ConfidenceHead, LogitBias, MarkovHead, build_markov_head
+from stages.train.slots import Slots
 
 Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+class Context(NamedTuple):
+    """What every layer makes its keys and values of the context from."""
+
+    states: torch.Tensor  # [B, S, D]
+    rope: Rope
+
 
 _REQUIRED_FIELDS = ("block_size", "mask_token_id", "target_layer_ids", "num_anchors", "markov_rank")
 
@@ -67,11 +84,20 @@ class DSparkAttention(nn.Module):
         return key, _split_heads(self.v_proj(states), self.head_dim)
 
     def forward(
-        self, states_BQD: torch.Tensor, rope: Rope, context: KeyValue, mask: torch.Tensor | None
+        self,
+        states_BQD: torch.Tensor,
+        rope: Rope,
+        context: Context | KeyValue,
+        attend: Attend,
+        queries: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        query_BHQE = _rotate(self.q_norm(_split_heads(self.q_proj(states_BQD), self.head_dim)), rope)
         block = self.key_value(states_BQD, rope)
-        output_BHQE = attend_dense(query_BHQE, context, block, mask, scale=self.head_dim**-0.5)
+        if isinstance(context, Context):
+            context = self.key_value(context.states, context.rope)
+        if queries is not None:
+            states_BQD, rope = states_BQD[:, queries], (rope[0][:, queries], rope[1][:, queries])
+        query_BHQE = _rotate(self.q_norm(_split_heads(self.q_proj(states_BQD), self.head_dim)), rope)
+        output_BHQE = attend(query_BHQE, context, block)
         output_BQD: torch.Tensor = self.o_proj(output_BHQE.transpose(1, 2).flatten(2))
         return output_BQD
 
@@ -87,9 +113,19 @@ class DSparkLayer(nn.Module):
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, states_BQD: torch.Tensor, rope: Rope, context: KeyValue, mask: torch.Tensor | None
+        self,
+        states_BQD: torch.Tensor,
+        rope: Rope,
+        context: Context | KeyValue,
+        attend: Attend,
+        queries: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        states_BQD = states_BQD + self.self_attn(self.input_layernorm(states_BQD), rope, context, mask)
+        """The slots' next states. Those at `queries` alone are computed where it is given; all are seen by them.
+
+        `context` is what keys and values are made from, or these themselves.
+        """
+        attended_BQD = self.self_attn(self.input_layernorm(states_BQD), rope, context, attend, queries)
+        states_BQD = (states_BQD if queries is None else states_BQD[:, queries]) + attended_BQD
         output_BQD: torch.Tensor = states_BQD + self.mlp(self.post_attention_layernorm(states_BQD))
         return output_BQD
 
@@ -180,11 +216,11 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
         context: list[KeyValue],
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """h, the state after the final norm, of each slot: [B, Q, D]. `mask` as in `attend_dense`."""
+        """h, the state after the final norm, of each slot: [B, Q, D]. `mask` as in `DenseAttention`."""
         states_BQD = self.embed_tokens(block_ids_BQ)
         rope = self.rotary_emb(states_BQD, positions_BQ)
         for layer, key_value in zip(self.layers, context, strict=True):
-            states_BQD = layer(states_BQD, rope, key_value, mask)
+            states_BQD = layer(states_BQD, rope, key_value, DenseAttention(mask=mask))
         h_BQD: torch.Tensor = self.norm(states_BQD)
         return h_BQD
 
@@ -195,7 +231,7 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
         anchor_positions: torch.Tensor,
         seq_lens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """h [B, A, K, D] of the blocks `[token a, mask, ..., mask]` at anchors a.
+        """h [B, A, K, D] of the blocks `[token a, mask, ..., mask]` at anchors a: the plain form of `forward_slots`.
 
         `input_ids [B, S]`, `target_hidden_states [B, S, L*D]`, `anchor_positions [B, A]` (-1: none, its h means
         nothing), `seq_lens [B, documents]`. Positions count from the document's start, so that packing changes nothing.
@@ -213,6 +249,43 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
         h_BQD = self.run_blocks(ids_BAK.flatten(1), positions_BAK.flatten(1), context, mask)
         return h_BQD.view(len(h_BQD), -1, self.block_size, h_BQD.shape[-1])
 
+    def forward_slots(
+        self,
+        input_ids: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        slots: Slots,
+        seq_lens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """h [N, D] of the supervised slots, as `forward` computes them; blocks without any cost nothing.
+
+        Rows are laid end to end. Slots of a block that are not supervised are seen by the others, so only the last
+        layer leaves them out.
+        """
+        start_BS, _ = document_bounds(seq_lens, input_ids)
+        num_rows, num_tokens = input_ids.shape
+        positions_BS = torch.arange(num_tokens, device=input_ids.device) - start_BS
+        start_X = (start_BS + num_tokens * torch.arange(num_rows, device=input_ids.device)[:, None]).flatten()
+        anchor_M = slots.block_anchors
+        is_empty = len(anchor_M) == 0
+        if is_empty:  # the graph must still reach every weight, or whoever waits for its gradient waits for ever
+            anchor_M = anchor_M.new_zeros(1)
+        ranges = BlockRanges(start=start_X[anchor_M], anchor=anchor_M, block_size=self.block_size)
+        slots_K = torch.arange(self.block_size, device=input_ids.device)
+        positions_1Q = ((ranges.anchor - ranges.start)[:, None] + slots_K).view(1, -1)
+        ids_MK = torch.full((len(ranges), self.block_size), self.config.mask_token_id, device=input_ids.device)
+        ids_MK[:, 0] = input_ids.flatten()[anchor_M]
+        queries_N = slots_K if is_empty else slots.block * self.block_size + slots.slot
+        states = self.embed_tokens(ids_MK.view(1, -1))
+        context_1XD = self.project_context(target_hidden_states.reshape(1, num_rows * num_tokens, -1))
+        context = Context(context_1XD, self.rotary_emb(context_1XD, positions_BS.view(1, -1)))
+        rope = self.rotary_emb(states, positions_1Q)
+        attend, attend_last = _plan_attention(ranges, queries_N, num_context=context_1XD.shape[1])
+        for layer in self.layers[:-1]:
+            states = layer(states, rope, context, attend)
+        states = self.layers[-1](states, rope, context, attend_last, queries_N)
+        h_ND: torch.Tensor = self.norm(states[0])
+        return h_ND[:0] if is_empty else h_ND
+
     def base_logits(self, states_ND: torch.Tensor) -> torch.Tensor:
         """`lm_head`'s logits [N, V] of draft or target states, at least float32, with the target's scale and soft-cap.
 
@@ -226,6 +299,16 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
         if scale is not None:
             logits_NV = logits_NV * scale
         return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
+
+
+def _plan_attention(ranges: BlockRanges, queries_N: torch.Tensor, *, num_context: int) -> tuple[Attend, Attend]:
+    """Attention of all slots, and of the queries alone."""
+    if ranges.anchor.is_cuda:
+        return (
+            FlexAttention(ranges, num_context=num_context),
+            FlexAttention(ranges, queries_N, num_context=num_context),
+        )
+    return GroupedAttention(ranges), GroupedAttention(ranges, queries_N)
 
 
 def config_fields(config: Qwen3Config) -> dict[str, Any]:

@@ -10,16 +10,10 @@ import torch
 from torch import nn
 
 from stages.train.anchors import sample_anchors
+from stages.train.fused import fused_terms
 from stages.train.model import Qwen3DSparkModel
-from stages.train.objective import (
-    Slots,
-    SlotTerms,
-    confidence_loss,
-    expected_tokens,
-    find_slots,
-    slot_terms,
-    slot_weights,
-)
+from stages.train.objective import LossWeights, SlotTerms, Supervision, confidence_loss, plain_terms
+from stages.train.slots import Slots, expected_tokens, find_slots, slot_weights
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +78,8 @@ class DSparkTrainerModule(nn.Module):
     """The training objective around a draft model (DSpark, arXiv 2607.05147; signature as in NeMo AutoModel).
 
     `loss_decay_gamma` None weighs all slots alike. An alpha of 0 leaves its term out of the loss, not out of the
-    metrics. `num_empty_batches` counts the batches that had no supervised slot; their loss is 0, with zero gradients.
+    metrics. `is_plain` computes everything in its plain form, dense attention and full logits: slow, the reference of
+    the tests. `num_empty_batches` counts the batches that had no supervised slot; their loss is 0, with zero gradients.
     """
 
     def __init__(
@@ -95,18 +90,21 @@ class DSparkTrainerModule(nn.Module):
         ce_loss_alpha: float = 0.1,
         l1_loss_alpha: float = 0.9,
         confidence_head_alpha: float = 1.0,
+        is_plain: bool = False,
     ) -> None:
         super().__init__()
         if loss_decay_gamma is not None and not loss_decay_gamma > 0:
             raise ValueError(f"loss_decay_gamma: expected a positive number or None, got {loss_decay_gamma}")
         self.draft_model = draft_model
+        alphas = {"ce_loss": ce_loss_alpha, "l1_loss": l1_loss_alpha, "confidence_head": confidence_head_alpha}
+        for name, alpha in alphas.items():
+            if not alpha >= 0:
+                raise ValueError(f"{name}_alpha: expected a number of at least 0, got {alpha}")
+        self.loss_weights = LossWeights(
+            ce_alpha=ce_loss_alpha, l1_alpha=l1_loss_alpha, confidence_alpha=confidence_head_alpha
+        )
         self.loss_decay_gamma = loss_decay_gamma
-        self.ce_loss_alpha = ce_loss_alpha
-        self.l1_loss_alpha = l1_loss_alpha
-        self.confidence_head_alpha = confidence_head_alpha
-        for name in ("ce_loss_alpha", "l1_loss_alpha", "confidence_head_alpha"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        self.is_plain = is_plain
         self.num_empty_batches = 0
 
     def forward(
@@ -126,13 +124,13 @@ class DSparkTrainerModule(nn.Module):
         confidence is trained; `seq_lens [B, documents]`, 0 = none; `anchor_positions [B, A]`, -1 = none, drawn here if
         not given. Raises ValueError for shapes that do not belong together.
         """
-        slots, terms = self._run(
+        supervision, terms = self._run(
             input_ids, target_hidden_states, loss_mask, target_last_hidden_states,
             seq_lens=seq_lens, anchor_positions=anchor_positions,
         )  # fmt: skip
-        if len(slots) == 0:
+        if len(supervision.slots) == 0:
             self._count_empty_batch()
-        return self._reduce(slots, terms, num_rows=len(input_ids))
+        return self._reduce(supervision, terms)
 
     @torch.no_grad()
     def score(
@@ -146,10 +144,11 @@ class DSparkTrainerModule(nn.Module):
         anchor_positions: torch.Tensor | None = None,
     ) -> SlotScores:
         """The supervised slots one by one, without gradients; arguments as in `forward`, the last states required."""
-        slots, terms = self._run(
+        supervision, terms = self._run(
             input_ids, target_hidden_states, loss_mask, target_last_hidden_states,
-            seq_lens=seq_lens, anchor_positions=anchor_positions,
+            seq_lens=seq_lens, anchor_positions=anchor_positions, with_top1=True,
         )  # fmt: skip
+        slots = supervision.slots
         if terms.accept_rate is None or terms.top1_agree is None:
             raise ValueError("score: target_last_hidden_states is needed for the accept rate, got None")
         return SlotScores(
@@ -171,7 +170,8 @@ class DSparkTrainerModule(nn.Module):
         *,
         seq_lens: torch.Tensor | None,
         anchor_positions: torch.Tensor | None,
-    ) -> tuple[Slots, SlotTerms]:
+        with_top1: bool = False,
+    ) -> tuple[Supervision, SlotTerms]:
         self._check_shapes(input_ids, target_hidden_states, loss_mask, target_last_hidden_states)
         model = self.draft_model
         if anchor_positions is None:
@@ -181,27 +181,31 @@ class DSparkTrainerModule(nn.Module):
             anchor_positions = anchor_positions.new_full((len(input_ids), 1), -1)
         input_ids, anchor_positions = input_ids.long(), anchor_positions.long()
         slots = find_slots(loss_mask, anchor_positions, seq_lens, block_size=model.block_size)
-        h_BAKD = model(input_ids, target_hidden_states, anchor_positions, seq_lens=seq_lens)
-        terms = slot_terms(
-            model, h_BAKD, input_ids_BS=input_ids, target_last_BSD=target_last_hidden_states,
-            anchor_positions_BA=anchor_positions, slots=slots,
-        )  # fmt: skip
-        return slots, terms
+        supervision = Supervision(
+            slots=slots,
+            slot_weights=slot_weights(slots.slot, self.loss_decay_gamma),
+            loss_weights=self.loss_weights,
+            input_ids=input_ids,
+            target_last=target_last_hidden_states,
+        )
+        if self.is_plain:
+            h_BAKD = model(input_ids, target_hidden_states, anchor_positions, seq_lens=seq_lens)
+            return supervision, plain_terms(model, h_BAKD, supervision, anchor_positions_BA=anchor_positions)
+        h_ND = model.forward_slots(input_ids, target_hidden_states, slots, seq_lens=seq_lens)
+        return supervision, fused_terms(model, h_ND, supervision, with_top1=with_top1)
 
-    def _reduce(self, slots: Slots, terms: SlotTerms, *, num_rows: int) -> DSparkStepMetrics:
-        weight_N = slot_weights(slots.slot, self.loss_decay_gamma)
+    def _reduce(self, supervision: Supervision, terms: SlotTerms) -> DSparkStepMetrics:
+        slots, weight_N = supervision.slots, supervision.slot_weights
         zero = weight_N.new_zeros(())
         bce_N = confidence_loss(terms)
         ce_num = (weight_N * terms.cross_entropy).sum()
         l1_num = zero if terms.l1 is None else (weight_N * terms.l1).sum()
         confidence_num = zero if bce_N is None else (weight_N * bce_N).sum()
-        loss_num = (
-            self.ce_loss_alpha * ce_num + self.l1_loss_alpha * l1_num + self.confidence_head_alpha * confidence_num
-        )
+        loss_num = terms.distance_num + self.loss_weights.confidence_alpha * confidence_num
         loss_den = weight_N.sum()
         divisor = loss_den if len(slots) else torch.ones_like(loss_den)
         with torch.no_grad():
-            diagnostics = _diagnose(slots, terms, weight_N, num_rows=num_rows)
+            diagnostics = _diagnose(slots, terms, weight_N)
         return DSparkStepMetrics(
             loss=loss_num / divisor,
             ce_loss=ce_num.detach() / divisor,
@@ -213,7 +217,7 @@ class DSparkTrainerModule(nn.Module):
             l1_num=l1_num.detach(),
             confidence_num=confidence_num.detach(),
             num_supervised=len(slots),
-            num_blocks=int((slots.slot == 0).sum()),
+            num_blocks=slots.num_blocks,
             **diagnostics,
         )
 
@@ -244,8 +248,8 @@ class DSparkTrainerModule(nn.Module):
                 f"{config.hidden_size} side by side, got {list(target_hidden_states.shape)}"
             )
         if target_last_hidden_states is None:
-            if self.l1_loss_alpha > 0 or (
-                self.draft_model.confidence_head is not None and self.confidence_head_alpha > 0
+            if self.loss_weights.l1_alpha > 0 or (
+                self.draft_model.confidence_head is not None and self.loss_weights.confidence_alpha > 0
             ):
                 raise ValueError(
                     "target_last_hidden_states: needed for the L1 and confidence losses, got None; give it, or set "
@@ -269,7 +273,7 @@ def _check_anchors(anchor_positions: torch.Tensor, input_ids: torch.Tensor) -> N
         )
 
 
-def _diagnose(slots: Slots, terms: SlotTerms, weight_N: torch.Tensor, *, num_rows: int) -> dict[str, torch.Tensor]:
+def _diagnose(slots: Slots, terms: SlotTerms, weight_N: torch.Tensor) -> dict[str, torch.Tensor]:
     """The metrics' sums, by their names in `DSparkStepMetrics`; zeros for what the batch cannot tell."""
     per_slot = weight_N.new_zeros(slots.block_size)
     zero = weight_N.new_zeros(())
@@ -285,12 +289,10 @@ def _diagnose(slots: Slots, terms: SlotTerms, weight_N: torch.Tensor, *, num_row
     if terms.accept_rate is None:
         return sums
     accept_N = terms.accept_rate
-    starts_N = slots.slot == 0
-    tau_X = expected_tokens(accept_N, slots, num_rows=num_rows)
     sums["accept_rate_per_pos_num"] = per_slot.index_add(0, slots.slot, accept_N.to(per_slot.dtype))
     sums["accept_rate_per_pos_den"] = per_slot.index_add(0, slots.slot, torch.ones_like(weight_N))
-    sums["tau_num"] = tau_X[slots.block[starts_N]].sum()
-    sums["tau_den"] = starts_N.sum().to(weight_N.dtype)
+    sums["tau_num"] = expected_tokens(accept_N, slots).sum()
+    sums["tau_den"] = weight_N.new_tensor(slots.num_blocks)
     if terms.confidence_logit is not None:
         error_N = terms.confidence_logit.sigmoid() - accept_N
         sums["confidence_abs_error_num"] = (weight_N * error_N.abs()).sum()

@@ -1,0 +1,76 @@
+"""The supervised slots of a batch: where they lie, what they weigh, and tau of their blocks.
+
+Shape suffixes: B rows, S tokens, A anchors, K slots, N supervised slots, M blocks that have one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from stages.train.anchors import supervised_slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """The N supervised slots in order of row, anchor and slot, and their M blocks in the same order; all long.
+
+    `position` a+k is the token that the slot continues: its successor is predicted, and the target's last state there
+    gives the target's distribution.
+    """
+
+    row: torch.Tensor  # [N]
+    anchor: torch.Tensor  # [N], index in the row's anchors
+    slot: torch.Tensor  # [N]
+    position: torch.Tensor  # [N], in the row
+    block: torch.Tensor  # [N], index of the slot's block, 0 .. M-1
+    block_anchors: torch.Tensor  # [M], positions of the blocks' anchors in all rows laid end to end
+    num_tokens: int  # of a row
+    block_size: int
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def num_blocks(self) -> int:
+        """M."""
+        return len(self.block_anchors)
+
+    @property
+    def flat_position(self) -> torch.Tensor:
+        """`position` in all rows laid end to end, [N]."""
+        return self.row * self.num_tokens + self.position
+
+
+def find_slots(
+    loss_mask_BS: torch.Tensor, anchor_positions_BA: torch.Tensor, seq_lens: torch.Tensor | None, *, block_size: int
+) -> Slots:
+    """The supervised slots of a batch."""
+    supervised_BAK = supervised_slots(loss_mask_BS, anchor_positions_BA, seq_lens, block_size)
+    row_M, anchor_M = supervised_BAK[..., 0].nonzero(as_tuple=True)  # a slot is supervised only if those before it are
+    block, slot = supervised_BAK[row_M, anchor_M].nonzero(as_tuple=True)
+    anchor_position_M = anchor_positions_BA[row_M, anchor_M].long()
+    num_tokens = loss_mask_BS.shape[1]
+    return Slots(
+        row=row_M[block],
+        anchor=anchor_M[block],
+        slot=slot,
+        position=anchor_position_M[block] + slot,
+        block=block,
+        block_anchors=row_M * num_tokens + anchor_position_M,
+        num_tokens=num_tokens,
+        block_size=block_size,
+    )
+
+
+def slot_weights(slot_N: torch.Tensor, loss_decay_gamma: float | None) -> torch.Tensor:
+    """w_k = exp(-k/gamma), or 1 without gamma: float32 [N]."""
+    if loss_decay_gamma is None:
+        return torch.ones_like(slot_N, dtype=torch.float32)
+    return torch.exp(-slot_N.float() / loss_decay_gamma)
+
+
+def expected_tokens(accept_rate_N: torch.Tensor, slots: Slots) -> torch.Tensor:
+    """tau of each block, 1 + Σ_k Π_{i<=k} accept_i over its supervised slots: [M]."""
+    accept_MK = accept_rate_N.new_zeros(slots.num_blocks, slots.block_size)
+    accept_MK[slots.block, slots.slot] = accept_rate_N
+    return 1 + accept_MK.cumprod(dim=1).sum(dim=1)
