@@ -49,8 +49,11 @@ checks: setup ## Format, lint and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# A process a core, each with one thread: ARGS="-n 0" runs all in one, ARGS="tests/test_evaluate.py -k bootstrap" some.
+# A file stays in one process, for its fixtures; eight processes take 6 GB of memory.
 test: setup ## The tests, in some minutes.
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 bench: setup ## Time extraction, reading and training on this machine.
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -109,12 +109,12 @@ def test_two_ranks_share_a_cache_and_one_may_die(tmp_path: Path, undisturbed: Co
     process = torchrun(config_file, log)
     commits = config.cache.path / "commits"
     try:
-        while process.poll() is None and not list(commits.glob("*.json")):
+        while process.poll() is None and not list(commits.glob("[0-9]*.json")):
             time.sleep(0.002)
         worker = find_worker(config_file, 1)
         assert worker is not None, log.read_text()
         os.kill(worker, signal.SIGKILL)
-        missing = len(list((config.cache.path / "samples").iterdir())) - len(list(commits.glob("*.json")))
+        missing = len(list((config.cache.path / "samples").iterdir())) - len(list(commits.glob("[0-9]*.json")))
         assert missing > 1, "the kill came too late to show anything"
         assert process.wait(timeout=120) == 0, log.read_text()
     finally:
@@ -137,7 +137,7 @@ def test_a_rank_that_fails_fails_the_whole_when_the_others_cannot_finish(
     folder = undisturbed.cache.path.parent
     config = make_config(folder, cache__path=tmp_path / "cache")
     run.extract(settings_of(config))
-    for commit in list((config.cache.path / "commits").glob("*.json"))[1:]:
+    for commit in list((config.cache.path / "commits").glob("[0-9]*.json"))[1:]:
         commit.unlink()
     config_file = write_config(config, tmp_path / "ranks.toml")
     monkeypatch.setenv("DSPARK_FAULT", "shard.written")
@@ -146,7 +146,7 @@ def test_a_rank_that_fails_fails_the_whole_when_the_others_cannot_finish(
     monkeypatch.delenv("DSPARK_FAULT")
     text = (tmp_path / "log").read_text()
     assert re.search(r"rank [01]: [0-9]+ shards are missing; run the same command again to finish", text)
-    assert len(list((config.cache.path / "commits").glob("*.json"))) == 1
+    assert len(list((config.cache.path / "commits").glob("[0-9]*.json"))) == 1
     process = torchrun(config_file, tmp_path / "log")
     assert process.wait(timeout=120) == 0
     assert files_of(config.cache.path) == files_of(undisturbed.cache.path)

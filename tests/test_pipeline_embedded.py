@@ -85,11 +85,12 @@ def test_the_corpus_is_a_function_of_the_interpreter() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute or two where nothing else runs
 def test_a_draft_of_the_embedded_target_learns(tmp_path: Path) -> None:
-    """A short version of `make train`, on a part of the conversations."""
+    """A short version of `make train`, on a part of the conversations and with half the anchors."""
     part = tmp_path / "part.jsonl"
-    part.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in read_conversations()[:600]))
+    part.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in read_conversations()[:400]))
     overrides = [f"data.files=['{part}']", f"cache.path='{tmp_path}/cache'", f"train.run_dir='{tmp_path}/run'"]
-    config = load_config(ROOT / "configs" / "embedded.toml", [*overrides, "train.max_steps=120"])
+    overrides += ["draft.num_anchors=24", "train.max_steps=120"]
+    config = load_config(ROOT / "configs" / "embedded.toml", overrides)
     extract(settings_of(config))
     evaluation = evaluate_draft(config, draft_dir=train_draft(config).draft_dir)
     assert evaluation.tau_low > 1.15, "an untrained draft has 1.0, one that knows only how often tokens are 1.1"

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fork_killer import kill_at_faults
 from storage import (
     CacheBusyError,
     CacheError,
@@ -25,7 +25,7 @@ from storage import (
     files,
     verify_cache,
 )
-from storage.faults import FAULT_VARIABLE, PLAN_FAULTS, SHARD_FAULTS
+from storage.faults import PLAN_FAULTS, SHARD_FAULTS
 from storage.temps import temp_path
 from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, plan_cache, states_of
 
@@ -35,15 +35,9 @@ import sys
 from pathlib import Path
 from storage_cache import LENGTHS, fill_cache, plan_cache
 path = Path(sys.argv[1])
-if not (path / "manifest.json").exists():
-    plan_cache(path, LENGTHS)
+plan_cache(path, LENGTHS)
 fill_cache(path, exclude=(103,))
 """
-
-
-def extract(path: Path, fault: str = "") -> int:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", FAULT_VARIABLE: fault}
-    return subprocess.run([sys.executable, "-c", RUN, str(path)], env=environment, check=False).returncode
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +65,19 @@ def partial_state(path: Path, fault: str) -> bool:
     return renamed and not temps and ("commits/00000.json" in found) == (fault == "commit.renamed")
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FAULT: caches whose writers were killed there."""
+    folder = tmp_path_factory.mktemp("killed")
+    kill_at_faults(RUN, [(fault, str(folder / fault)) for fault in [*PLAN_FAULTS, *SHARD_FAULTS]])
+    return folder
+
+
 @pytest.mark.parametrize("fault", [*PLAN_FAULTS, *SHARD_FAULTS])
 def test_killed_anywhere_and_finished_is_byte_identical(
-    tmp_path: Path, fault: str, undisturbed: dict[str, bytes]
+    killed: Path, fault: str, undisturbed: dict[str, bytes]
 ) -> None:
-    path = tmp_path / "c"
-    assert extract(path, fault) == -signal.SIGKILL
+    path = killed / fault
     assert partial_state(path, fault)
     assert not verify_cache(path).ok
     with pytest.raises(CacheError):

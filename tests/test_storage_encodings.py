@@ -5,10 +5,7 @@ Of whatever is changed, `verify_cache` names the file, and the reader raises a C
 
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from fork_killer import kill_at_faults
 from storage import CacheError, CachePlan, CacheReader, shard_files, verify_cache
 from storage.codecs import decompress
 from storage.encodings import ENCODINGS, bytes_per_token
@@ -363,34 +361,23 @@ def test_inner_chunks_cut_elsewhere_are_refused(caches: dict[str, Sound]) -> Non
         assert is_readable(sound, checks="size")
 
 
-KILLS = """
-import os, sys
+WRITE = """
+import sys
 from pathlib import Path
-from storage.faults import FAULT_VARIABLE, SHARD_FAULTS
 from storage_cache import fill_cache, plan_cache
-from test_storage_encodings import LENGTHS, NEW, header_of
-for encoding in NEW:
-    for fault in SHARD_FAULTS:
-        if os.fork() == 0:
-            path = Path(sys.argv[1]) / encoding / fault
-            plan_cache(path, LENGTHS, header_of(encoding))
-            os.environ[FAULT_VARIABLE] = fault
-            fill_cache(path, exclude=(101,))
-            os._exit(0)
-        print(os.waitstatus_to_exitcode(os.wait()[1]))
+from test_storage_encodings import LENGTHS, header_of
+path = Path(sys.argv[1])
+plan_cache(path, LENGTHS, header_of(path.parent.name))
+fill_cache(path, exclude=(101,))
 """
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ENCODING/FAULT: caches whose writers were killed there. Forked, since a process a kill would cost an import."""
+    """ENCODING/FAULT: caches whose writers were killed there."""
     folder = tmp_path_factory.mktemp("killed")
-    tests = Path(__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests.parent}:{tests}"}
-    output = subprocess.run(
-        [sys.executable, "-c", KILLS, str(folder)], env=environment, stdout=subprocess.PIPE, check=True, text=True
-    ).stdout
-    assert output.split() == ["-9"] * len(NEW) * len(SHARD_FAULTS)
+    cases = [(fault, str(folder / encoding / fault)) for encoding in NEW for fault in SHARD_FAULTS]
+    kill_at_faults(WRITE, cases, imports=["test_storage_encodings"])
     return folder
 
 

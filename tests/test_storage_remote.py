@@ -2,14 +2,13 @@
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fork_killer import kill_at_faults
 from object_store import ObjectStore, serve_objects
 from storage import (
     CacheCorruptError,
@@ -25,10 +24,9 @@ from storage import (
     remote,
     verify_cache,
 )
-from storage.faults import FAULT_VARIABLE, PULL_FAULTS, PUSH_FAULTS
+from storage.faults import PULL_FAULTS, PUSH_FAULTS
 from storage_cache import LENGTHS, files_of, fill_cache, make_cache, make_header, plan_cache
 
-ROOT = Path(__file__).parent.parent
 PUSH = "import sys; from storage import push_cache; push_cache(sys.argv[1], sys.argv[2])"
 PULL = "import sys; from storage import pull_cache; pull_cache(sys.argv[1], sys.argv[2])"
 
@@ -124,12 +122,23 @@ def partial_state(path: Path, fault: str) -> bool:
     )
 
 
+@pytest.fixture(scope="module")
+def killed_pulls(pushed: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FAULT: copies whose pull was killed there."""
+    folder = tmp_path_factory.mktemp("pulls")
+    kill_at_faults(PULL, [(fault, pushed, str(folder / fault)) for fault in PULL_FAULTS])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed_pushes(store: ObjectStore, cache: Path) -> None:
+    """Copies at FAULT in the store, whose push was killed there."""
+    kill_at_faults(PUSH, [(fault, str(cache), store.url(fault)) for fault in PUSH_FAULTS])
+
+
 @pytest.mark.parametrize("fault", PULL_FAULTS)
-def test_a_killed_pull_is_finished_by_the_next(pushed: str, cache: Path, tmp_path: Path, fault: str) -> None:
-    path = tmp_path / "back"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), FAULT_VARIABLE: fault}
-    command = [sys.executable, "-c", PULL, pushed, str(path)]
-    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+def test_a_killed_pull_is_finished_by_the_next(pushed: str, cache: Path, killed_pulls: Path, fault: str) -> None:
+    path = killed_pulls / fault
     assert partial_state(path, fault)
     assert not verify_cache(path).ok
     pull_cache(pushed, path)
@@ -137,12 +146,10 @@ def test_a_killed_pull_is_finished_by_the_next(pushed: str, cache: Path, tmp_pat
     assert verify_cache(path).ok
 
 
+@pytest.mark.usefixtures("killed_pushes")
 @pytest.mark.parametrize("fault", PUSH_FAULTS)
 def test_a_killed_push_is_finished_by_the_next(store: ObjectStore, cache: Path, tmp_path: Path, fault: str) -> None:
     url = store.url(fault)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), FAULT_VARIABLE: fault}
-    command = [sys.executable, "-c", PUSH, str(cache), url]
-    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
     there = store.files(fault)
     assert ("manifest.json" in there) == (fault != "push.plan")
     assert there

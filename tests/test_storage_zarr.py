@@ -175,7 +175,9 @@ def test_every_e4m3_is_widened_exactly() -> None:
     assert torch.equal(widen_e4m3(codes)[finite], expected[finite])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     encoding=st.sampled_from(EXACT),
     row_shape=st.lists(st.integers(1, 3), min_size=1, max_size=2).map(tuple),
