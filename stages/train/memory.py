@@ -20,6 +20,7 @@ from transformers import Qwen3Config
 
 from stages.errors import SettingError
 from stages.train.attention import GROUP_QUERIES
+from stages.train.feed import NUM_BUFFERS
 from stages.train.fused import CHUNK_BYTES
 from stages.train.model import Qwen3DSparkModel
 from stages.train.order import Schedule, plan_epoch, plan_micro_batches
@@ -27,7 +28,6 @@ from stages.train.settings import TrainSection
 from storage import CacheReader
 
 FLOAT32_BYTES = 4
-NUM_STAGED_BATCHES = 3
 CPU_SCRATCH_BYTES = {"float32": 48 << 20, "bfloat16": 112 << 20}  # of libraries and the heap's gaps (measured)
 PLANNED_SAMPLES = 100_000  # of the first epoch; their largest micro-batch is taken for that of the run (assumption)
 NUM_ADAMW_AVERAGES = 2
@@ -133,7 +133,7 @@ def estimate_memory(
         adamw=NUM_ADAMW_AVERAGES * trained_bytes,
         objective=min(CHUNK_BYTES[device.type], logits),
         activations=activations,
-        batches=NUM_STAGED_BATCHES * shape.num_tokens * layers * config.hidden_size * state_bytes,
+        batches=NUM_BUFFERS * shape.num_tokens * layers * config.hidden_size * state_bytes,
     )
 
 
