@@ -271,10 +271,8 @@ def test_attention_equals_the_dense_form(
     context, block = (random(2, num_context), random(2, num_context)), (random(2, len(slots)), random(2, len(slots)))
     mask = dense_mask(ranges, query_slots, num_context=num_context)
     expected = DenseAttention(mask=mask)(query, context, block)
-    if form == "groups":
-        output = GroupedAttention(ranges, query_slots)(query, context, block)
-    else:
-        output = FlexAttention(ranges, query_slots, num_context=num_context)(query, context, block)
+    attention = {"groups": GroupedAttention, "tiles": FlexAttention}[form]
+    output = attention(ranges, query_slots, num_context=num_context)(query, context, block)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     if form == "groups":
         inputs = [query, *context, *block]

@@ -332,12 +332,8 @@ def _seen(start_M: torch.Tensor, end_M: torch.Tensor, *, num_tokens: int) -> tor
 
 def _plan_attention(ranges: BlockRanges, queries_N: torch.Tensor, *, num_context: int) -> tuple[Attend, Attend]:
     """Attention of all slots, and of the queries alone."""
-    if ranges.anchor.is_cuda:
-        return (
-            FlexAttention(ranges, num_context=num_context),
-            FlexAttention(ranges, queries_N, num_context=num_context),
-        )
-    return GroupedAttention(ranges), GroupedAttention(ranges, queries_N)
+    attention = FlexAttention if ranges.anchor.is_cuda else GroupedAttention
+    return attention(ranges, num_context=num_context), attention(ranges, queries_N, num_context=num_context)
 
 
 def config_fields(config: Qwen3Config) -> dict[str, Any]:
