@@ -257,22 +257,15 @@ def evaluate(config: Path, overrides: tuple[str, ...], draft: Path | None) -> No
 @main.command()
 @_with_config
 def sweep(config: Path, overrides: tuple[str, ...]) -> None:
-    """Train and evaluate every combination of [sweep.grid] over one cache, and compare them; finished trials stay."""
-    from pipeline.sweep import plan_trials
+    """Train and evaluate the trials that [sweep] describes over one cache, and compare them; again: what is left.
+
+    Several such commands share the trials. Under torchrun the ranks take every trial together.
+    """
+    from pipeline.sweep.command import sweep as run_sweep
 
     settings = _load(config, overrides)
-    trials = list(plan_trials(settings))
     with _joined(settings) as ranks:
-        say = partial(console.print, markup=False) if ranks.is_first else _say_nothing
-        for number, trial in enumerate(trials, start=1):
-            say(f"trial {number} of {len(trials)}: {trial.train.run_dir}")
-            if not _train(trial, ranks=ranks):
-                say(f"the sweep stops in trial {number} of {len(trials)}")
-                return
-            if ranks.is_first:
-                _evaluate(trial)
-    if ranks.is_first:
-        show.runs(console, [trial.train.run_dir for trial in trials])
+        run_sweep(settings, ranks=ranks, console=console)
 
 
 @main.command()
@@ -366,7 +359,7 @@ def _evaluate(settings: Config, *, draft: Path | None = None) -> None:
     draft_dir = draft or settings.train.run_dir / "draft"
     evaluation = stage_two.evaluate_draft(settings, draft_dir=draft_dir)
     file = (draft_dir.parent if draft is None else draft) / "evaluation.json"
-    file.write_text(json.dumps(evaluation.to_json(), indent=2), encoding="utf-8")
+    stage_two.save_evaluation(evaluation, file=file, draft_dir=draft_dir)
     with stage_two.open_reader(settings.cache) as reader:
         show.evaluation(console, evaluation, draft_dir=draft_dir, file=file, cache=reader)
 

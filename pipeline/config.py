@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from pipeline.embedded import CONVERSATIONS_FILE, EMBEDDED, TARGET_DIR
+from pipeline.sweep.settings import RangeTable, SweepSection
 from stages.evaluate.settings import EvaluateSection
 from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
 from stages.section import Section
@@ -19,13 +20,6 @@ from stages.train.settings import DraftSection, ObjectiveSection, TrainSection
 
 class ConfigError(ValueError):
     """The config cannot be used; the message names file, key, what was expected and what it got."""
-
-
-class SweepSection(Section):
-    """Which config values a sweep tries, every combination of them."""
-
-    grid: dict[str, list[Any]] = Field(min_length=1)
-    """Config key -> values, for example `"draft.markov_rank" = [0, 64]`."""
 
 
 class Config(Section):
@@ -108,7 +102,9 @@ def _describe(problem: Any) -> str:
 def _known_keys(location: list[str]) -> list[str]:
     if not location:
         return list(Config.model_fields)
-    section = SweepSection if location[0] == "sweep" else Config.model_fields[location[0]].annotation
+    if location[0] == "sweep":
+        return list((RangeTable if len(location) > 1 else SweepSection).model_fields)
+    section = Config.model_fields[location[0]].annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
 
 

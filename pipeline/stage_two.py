@@ -1,6 +1,7 @@
 """Stage two as the command line runs it: the cache held against the config, training, and evaluation joined to it."""
 
 import glob
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -30,6 +31,7 @@ from stages.train.loop import compute_dtype
 from stages.train.module import SlotScores
 from stages.train.parallel import Ranks, join_ranks
 from stages.train.run import TrainResult, objective_arguments, train
+from stages.train.validation import Judge, Validate
 from stages.train.warm_start import COMPARED_ROWS, same_rows
 from storage import CacheIdentity, CacheReader, check_identity
 
@@ -106,22 +108,27 @@ def _wanted_import(settings: Settings, known: dict[str, Any], *, cached: CacheId
     return cached.model_copy(update={name: known[name] for name in known.keys() - set(UNKNOWN_FIELDS)})
 
 
-def train_draft(config: Config, *, profiled: bool = False, ranks: Ranks | None = None) -> TrainResult:
+def train_draft(
+    config: Config, *, profiled: bool = False, ranks: Ranks | None = None, judge: Judge | None = None
+) -> TrainResult:
     """Train the config's draft, or finish the training that its run folder holds.
 
     SIGTERM and Ctrl-C end it behind the step in progress, with a checkpoint; see `TrainResult.was_stopped`. `ranks` are
-    those that the process has joined already; without them it joins what torchrun started, if anything.
+    those that the process has joined already; without them it joins what torchrun started, if anything. `judge` sees
+    each validation, and ends the training in the same way if it gives a reason.
     """
     with ExitStack() as entered:
         stop = entered.enter_context(stop_on_signals())
         ranks = ranks or entered.enter_context(join_ranks(config.train))
-        return _train_draft(config, stop=stop, profiled=profiled, ranks=ranks)
+        return _train_draft(config, stop=stop, profiled=profiled, ranks=ranks, judge=judge)
 
 
-def _train_draft(config: Config, *, stop: StopRequest, profiled: bool, ranks: Ranks) -> TrainResult:
+def _train_draft(
+    config: Config, *, stop: StopRequest, profiled: bool, ranks: Ranks, judge: Judge | None
+) -> TrainResult:
     reader = open_cache(config, layers=config.draft.target_layer_ids)
 
-    def validate(module: DSparkTrainerModule) -> dict[str, Any]:
+    def measure(module: DSparkTrainerModule) -> dict[str, Any]:
         return _score_split(config, module, reader=reader, ranks=ranks, stop=stop).to_json()
 
     has_validation = len(reader.split_indices("validation")) > 0
@@ -132,7 +139,7 @@ def _train_draft(config: Config, *, stop: StopRequest, profiled: bool, ranks: Ra
         draft=config.draft,
         objective=config.objective,
         train=config.train,
-        validate=validate if has_validation else None,
+        validate=Validate(measure=measure, judge=judge) if has_validation else None,
         stop=stop,
         profiled=profiled,
         ranks=ranks,
@@ -150,6 +157,11 @@ def evaluate_draft(config: Config, *, draft_dir: Path) -> CacheEvaluation:
     ranks = Ranks(device=choose_device(config.train.device))
     module = DSparkTrainerModule(model.to(ranks.device), **objective_arguments(config.objective))
     return _score_split(config, module, reader=reader, ranks=ranks)
+
+
+def save_evaluation(evaluation: CacheEvaluation, *, file: Path, draft_dir: Path) -> None:
+    """Write the evaluation's file."""
+    file.write_text(json.dumps(evaluation.to_json(), indent=2), encoding="utf-8")
 
 
 def _check_same_target(model: Qwen3DSparkModel, reader: CacheReader, *, draft_dir: Path) -> None:

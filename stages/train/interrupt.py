@@ -23,16 +23,23 @@ class StopAskedError(Exception):
 class StopRequest:
     """Whether a training is to stop after the step in progress.
 
-    `asked_by` names the signal that this process got. `agreed` is what all ranks know: some rank was asked.
+    `asked_by` names the signal that this process got, or who gave the training up, which nobody means to continue then.
+    `agreed` is what all ranks know: some rank was asked.
     """
 
     def __init__(self) -> None:
         self.asked_by: str | None = None
         self.agreed = False
+        self.is_given_up = False
 
     def ask(self, reason: str) -> None:
         """Ask for the stop; the first reason stays."""
         self.asked_by = self.asked_by or reason
+
+    def give_up(self, reason: str) -> None:
+        """Ask for the stop since the training is not worth finishing."""
+        self.is_given_up = self.asked_by is None
+        self.ask(reason)
 
     def check(self, ranks: Ranks) -> None:
         """Raise StopAskedError on all ranks if one of them was asked. All of them must call it."""

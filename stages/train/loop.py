@@ -137,7 +137,7 @@ def run_steps(
     train, reader, stop = stepper.train, feed.reader, stepper.stop
     check_supervision(reader)
     every = train.validate_every or schedule.steps_per_epoch
-    validation = Validation(validate=validate, every=every, num_steps=schedule.num_steps, log=log)
+    validation = Validation(validate=validate, every=every, num_steps=schedule.num_steps, log=log, stop=stop)
     if start < schedule.num_steps:
         logger.info(
             "%d conversations, %d of them a step: %d steps an epoch, %d steps in all",

@@ -122,9 +122,10 @@ def train(
 ) -> TrainResult:
     """Train a draft, or finish the training that `train.run_dir` holds. All ranks call it with the same arguments.
 
-    `reader` gives the layers that the draft sees. `validate` is called with the module at intervals, and what it
-    returns is logged. The draft that servers load is written to RUN/draft when the last step is done. Once `stop` is
-    asked for, the step in progress is finished and a checkpoint written. `profiled`: a trace goes to RUN/profile.
+    `reader` gives the layers that the draft sees. `validate` measures the module at intervals, which is logged, and may
+    give the training up, which is then ended as by `stop`. The draft that servers load is written to RUN/draft when the
+    last step is done. Once `stop` is asked for, the step in progress is finished and a checkpoint written. `profiled`:
+    a trace goes to RUN/profile.
 
     Raises SettingError for settings that do not fit the cache, CheckpointError for a run made from other settings and
     for a disk that is full, CacheError for a damaged cache, NonFiniteLossError, NothingSupervisedError.
@@ -256,6 +257,8 @@ def _open_outputs(
 def _describe_stop(stop: StopRequest, checkpoints: Path, *, done: int, num_steps: int) -> str:
     """The line that says how to go on."""
     by = f"stopped by {stop.asked_by or 'another rank'}"
+    if stop.is_given_up:
+        return f"{by} behind step {done} of {num_steps}, with a checkpoint in {checkpoints}"
     if done == num_steps:
         return f"{by} behind the last step: the draft is written; run the same command again for what follows it"
     if done == 0:

@@ -2,19 +2,30 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from stages.train.interrupt import StopAskedError
+from stages.train.interrupt import StopAskedError, StopRequest
 from stages.train.metrics import MetricsLog
 from stages.train.module import DSparkTrainerModule
 from stages.train.parallel import reshard, unwrap
 
-Validate = Callable[[DSparkTrainerModule], dict[str, Any]]
+Judge = Callable[[dict[str, Any]], str | None]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validate:
+    """How a training is measured."""
+
+    measure: Callable[[DSparkTrainerModule], dict[str, Any]]
+    """The row to log, of which `tau` is shown. All ranks call it."""
+    judge: Judge | None = None
+    """Given the row that was logged: why the training is to be given up, or None to go on. Called on rank 0, and not
+    after the last step, when there is nothing left to give up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +40,8 @@ class Validation:
     num_steps: int
     log: MetricsLog | None
     """Of rank 0."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Asked by what the judge says. The caller must agree on it with the other ranks."""
 
     def is_due(self, done: int) -> bool:
         """Whether it follows step number `done`."""
@@ -44,7 +57,7 @@ class Validation:
         if self.validate is None:
             raise AssertionError("no validation is due without a way to validate")
         try:
-            result = {"step": done, **self.validate(unwrap(module))}
+            result = {"step": done, **self.validate.measure(unwrap(module))}
         except StopAskedError:
             logger.info("step %6d  validation given up; it is done when the run is continued", done)
             return
@@ -53,3 +66,7 @@ class Validation:
         if self.log is not None:
             self.log.write("validation", result)
         logger.info("step %6d  validation  tau %.3f", done, result["tau"])
+        if self.log is not None and self.validate.judge is not None and done < self.num_steps:
+            reason = self.validate.judge(result)
+            if reason is not None:
+                self.stop.give_up(reason)

@@ -1,0 +1,39 @@
+"""`dspark sweep`: in this process, in several of this machine, or in the ranks of one job; then what came of it."""
+
+from functools import partial
+
+from rich.console import Console
+
+from pipeline import show
+from pipeline.config import Config
+from pipeline.sweep.desk import Desk
+from pipeline.sweep.plan import sweep_section
+from pipeline.sweep.processes import run_parallel
+from pipeline.sweep.record import RECORD_FILE
+from pipeline.sweep.run import open_sweep, run_trials, summarize
+from pipeline.sweep.study import Trials
+from stages.errors import SettingError
+from stages.train.parallel import Ranks
+
+
+def sweep(config: Config, *, ranks: Ranks, console: Console) -> None:
+    """Train the trials that are left, and print how they compare. Raises ConfigError, SettingError, CacheError."""
+    section = sweep_section(config)
+    if section.parallel > 1 and ranks.world > 1:
+        raise SettingError(
+            f"sweep.parallel: is {section.parallel}, but the {ranks.world} processes of torchrun take every trial "
+            "together; set it to 1, or start without torchrun"
+        )
+    say = partial(console.print, markup=False)
+    opened: list[Trials] = []  # of rank 0: a data base does not travel
+    ranks.on_first(lambda: opened.append(open_sweep(config)))
+    if section.parallel > 1:
+        was_stopped = not run_parallel(config, say=say)
+    else:
+        desk = Desk(opened[0], say=say) if ranks.is_first else None
+        was_stopped = not run_trials(config, desk, ranks=ranks)
+    if ranks.is_first:
+        say(summarize(opened[0], was_stopped=was_stopped).describe())
+        folders = sorted(file.parent for file in config.train.run_dir.glob(f"*/{RECORD_FILE}"))
+        show.runs(console, folders)
+        say(f"dspark report {config.train.run_dir} writes a page with the curves")

@@ -1,0 +1,111 @@
+"""A sweep in one process, or in the ranks of one job: trials are taken and trained until none is left."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from optuna.trial import TrialState
+
+from pipeline.config import Config, ConfigError
+from pipeline.stage_two import open_cache, train_draft
+from pipeline.sweep.desk import Desk
+from pipeline.sweep.plan import Point, check_points, trial_config
+from pipeline.sweep.provenance import describe_cache
+from pipeline.sweep.study import Trials, open_trials
+from stages.errors import SettingError
+from stages.train.interrupt import stop_on_signals
+from stages.train.nonfinite import NonFiniteLossError
+from stages.train.parallel import Ranks
+
+# What the values of one trial can bring about, so that the next may do better. Anything else ends the sweep.
+TRIAL_ERRORS = (ConfigError, SettingError, NonFiniteLossError, torch.OutOfMemoryError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """How a sweep stands when this process has done its part."""
+
+    num_trials: int
+    num_complete: int
+    num_pruned: int
+    num_failed: int
+    num_running: int
+    """Those that other processes are at work on."""
+    was_stopped: bool
+
+    def describe(self) -> str:
+        """One line."""
+        ended = self.num_complete + self.num_pruned + self.num_failed
+        parts = [f"{self.num_complete} complete"]
+        parts += [f"{self.num_pruned} pruned"] * (self.num_pruned > 0)
+        parts += [f"{self.num_failed} failed"] * (self.num_failed > 0)
+        parts += [f"{self.num_running} trained by other processes"] * (self.num_running > 0)
+        line = f"{ended} of {self.num_trials} trials have ended: {', '.join(parts)}"
+        return line + ("; stopped, the same command continues" if self.was_stopped else "")
+
+
+def open_sweep(config: Config) -> Trials:
+    """The sweep's trials, once config and cache are known to fit. Raises ConfigError, SettingError, CacheError."""
+    check_points(config)
+    with open_cache(config, layers=None) as reader:
+        if not len(reader.split_indices("validation")):
+            raise SettingError(
+                f"{config.cache.path}: the cache has no validation split, so that trials could not be compared; "
+                "see data.validation_fraction"
+            )
+        return open_trials(config, cache=describe_cache(reader))
+
+
+def summarize(trials: Trials, *, was_stopped: bool) -> SweepResult:
+    """How the sweep stands now."""
+    return SweepResult(
+        num_trials=trials.num_trials,
+        num_complete=trials.count(TrialState.COMPLETE),
+        num_pruned=trials.count(TrialState.PRUNED),
+        num_failed=trials.count(TrialState.FAIL),
+        num_running=trials.count(TrialState.RUNNING),
+        was_stopped=was_stopped,
+    )
+
+
+def run_trials(config: Config, desk: Desk | None, *, ranks: Ranks) -> bool:
+    """Train trials until none is left; all ranks take each of them together. False if a signal asked to stop.
+
+    `desk` is rank 0's. A process alone waits for the trials that others of its folder train, and takes up those that
+    are interrupted.
+    """
+    with stop_on_signals() as stop:
+        while not stop.agree(ranks):
+            claimed = ranks.on_first(lambda: _at(desk).claim(stop, waits=ranks.world == 1))
+            if claimed is None:
+                return not stop.agree(ranks)
+            try:
+                goes_on = _run_trial(config, desk, *claimed, ranks=ranks)
+            finally:
+                if desk is not None:
+                    desk.put_back()  # unless it has ended
+            if not goes_on:
+                return False
+    return False
+
+
+def _run_trial(config: Config, desk: Desk | None, number: int, point: Point, *, ranks: Ranks) -> bool:
+    """Train one trial and measure it; False if it was interrupted. Errors of `TRIAL_ERRORS` make it a failed one."""
+    try:
+        trial = trial_config(config, point, number=number)
+        ranks.on_first(lambda: _at(desk).begin(trial))
+        with nullcontext() if desk is None else desk.logging():
+            result = train_draft(trial, ranks=ranks, judge=None if desk is None else desk.judge)
+    except TRIAL_ERRORS as error:
+        if desk is not None:
+            desk.fail(error)
+        if ranks.world > 1:
+            raise  # another rank may not have failed; the same command goes on with the next trial
+        return True
+    return ranks.on_first(lambda: _at(desk).conclude(trial, was_stopped=result.was_stopped))
+
+
+def _at(desk: Desk | None) -> Desk:
+    if desk is None:
+        raise AssertionError("rank 0 has the desk")
+    return desk
