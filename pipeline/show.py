@@ -122,13 +122,15 @@ def _add_scheduling(table: Table, scheduling: Scheduling) -> None:
         f"AUC {_auc(before.auc)} -> {_auc(after.auc)}; fitted on {calibration.num_fitted_samples:,} conversations, "
         f"measured on {calibration.num_measured_samples:,} others",
     )
+    table.add_row(
+        "outlook", f"{outlook.throughput.label}, the same others; scheduled by confidence or best fixed length"
+    )
     for row in outlook.concurrencies:
         if row.num_requests in SHOWN_CONCURRENCIES:
-            best = row.fixed[row.best_length]
+            scheduled, best = row.scheduled.tokens_per_second, row.fixed[row.best_length].tokens_per_second
             table.add_row(
-                f"at {row.num_requests} request" + "s" * (row.num_requests > 1),
-                f"best fixed length {row.best_length}: {best.tokens_per_second:,.0f} tokens/s; "
-                f"scheduled {row.scheduled.tokens_per_second:,.0f} ({row.gain:+.1%}), {outlook.throughput.label}",
+                f"{row.num_requests} request" + "s" * (row.num_requests > 1),
+                f"scheduled {scheduled:,.0f} tokens/s, fixed length {row.best_length} {best:,.0f} ({row.gain:+.1%})",
             )
 
 

@@ -79,7 +79,7 @@ def measure_quality(confidence_MK: np.ndarray, blocks: Blocks) -> ConfidenceQual
 
 def bin_slots(predicted_N: np.ndarray, observed_N: np.ndarray) -> Bins:
     """Count and means of each bin."""
-    bin_N = _bins_of(predicted_N)
+    bin_N = bins_of(predicted_N)
     count = np.bincount(bin_N, minlength=CALIBRATION_BINS)
     predicted, observed = (
         np.bincount(bin_N, weights=values_N, minlength=CALIBRATION_BINS) / np.maximum(count, 1)
@@ -92,7 +92,7 @@ def bin_slots(predicted_N: np.ndarray, observed_N: np.ndarray) -> Bins:
 
 def calibration_error(predicted_N: np.ndarray, observed_N: np.ndarray) -> float:
     """Expected calibration error: Σ_bins share of slots · |mean predicted - mean observed|; 0 without slots."""
-    gaps = np.bincount(_bins_of(predicted_N), weights=predicted_N - observed_N, minlength=CALIBRATION_BINS)
+    gaps = np.bincount(bins_of(predicted_N), weights=predicted_N - observed_N, minlength=CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / max(len(predicted_N), 1))
 
 
@@ -108,6 +108,7 @@ def weighted_auc(predicted_N: np.ndarray, observed_N: np.ndarray) -> float | Non
     return float((happened * (failed_below + failed / 2)).sum() / total) if total > 0 else None
 
 
-def _bins_of(predicted_N: np.ndarray) -> np.ndarray:
+def bins_of(predicted_N: np.ndarray) -> np.ndarray:
+    """The bin of each probability; 1 lies in the last."""
     bins_N: np.ndarray = np.minimum((predicted_N * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     return bins_N
