@@ -122,9 +122,7 @@ def _add_scheduling(table: Table, scheduling: Scheduling) -> None:
         f"AUC {_auc(before.auc)} -> {_auc(after.auc)}; fitted on {calibration.num_fitted_samples:,} conversations, "
         f"measured on {calibration.num_measured_samples:,} others",
     )
-    table.add_row(
-        "outlook", f"{outlook.throughput.label}, the same others; scheduled by confidence or best fixed length"
-    )
+    table.add_row("outlook", f"{outlook.throughput.label}, the same others")
     for row in outlook.concurrencies:
         if row.num_requests in SHOWN_CONCURRENCIES:
             scheduled, best = row.scheduled.tokens_per_second, row.fixed[row.best_length].tokens_per_second
