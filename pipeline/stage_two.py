@@ -1,7 +1,6 @@
 """Stage two as the command line runs it: the cache held against the config, training, and evaluation joined to it."""
 
 import glob
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,7 +18,10 @@ from pipeline.config import Config
 from pipeline.stage_one import settings_of
 from stages.device import choose_device
 from stages.errors import SettingError
-from stages.evaluate.cached import CacheEvaluation, evaluate_scores
+from stages.evaluate.cached import evaluate_scores
+from stages.evaluate.calibration import Origin, write_calibration
+from stages.evaluate.evaluation import Evaluation, evaluate_fully, write_evaluation
+from stages.evaluate.throughput import read_throughput_table
 from stages.extract.import_run import UNKNOWN_FIELDS, describe_imported
 from stages.extract.run import Settings, configured_identity, describe_inputs, read_plan
 from stages.extract.settings import CacheSection
@@ -129,7 +131,9 @@ def _train_draft(
     reader = open_cache(config, layers=config.draft.target_layer_ids)
 
     def measure(module: DSparkTrainerModule) -> dict[str, Any]:
-        return _score_split(config, module, reader=reader, ranks=ranks, stop=stop).to_json()
+        scores = _score_split(config, module, reader=reader, ranks=ranks, stop=stop)
+        block_size = module.draft_model.config.block_size
+        return ranks.on_first(lambda: evaluate_scores(scores, block_size=block_size)).to_json()
 
     has_validation = len(reader.split_indices("validation")) > 0
     if not has_validation:
@@ -146,22 +150,30 @@ def _train_draft(
     )
 
 
-def evaluate_draft(config: Config, *, draft_dir: Path) -> CacheEvaluation:
+def evaluate_draft(config: Config, *, draft_dir: Path) -> Evaluation:
     """Score the draft in `draft_dir`, as servers would load it, on the validation split."""
     if not (draft_dir / "config.json").is_file():
         raise SettingError(f"{draft_dir}: no draft here; train one first, or name its folder with --draft")
     model = Qwen3DSparkModel.from_pretrained(draft_dir, dtype=torch.float32)
     reader = open_cache(config, layers=tuple(model.config.target_layer_ids))
     _check_same_target(model, reader, draft_dir=draft_dir)
+    block_size = int(model.config.block_size)
+    table = read_throughput_table(config.evaluate.throughput_table, least_tokens=1 + block_size)
     reader.plan_reads(evaluated_indices(config, reader))
     ranks = Ranks(device=choose_device(config.train.device))
     module = DSparkTrainerModule(model.to(ranks.device), **objective_arguments(config.objective))
-    return _score_split(config, module, reader=reader, ranks=ranks)
+    origin = Origin(
+        cache_digest=reader.identity.digest(), num_anchors=config.evaluate.num_anchors, seed=config.evaluate.seed
+    )
+    scores = _score_split(config, module, reader=reader, ranks=ranks)
+    return evaluate_fully(scores, block_size=block_size, origin=origin, table=table)
 
 
-def save_evaluation(evaluation: CacheEvaluation, *, file: Path, draft_dir: Path) -> None:
-    """Write the evaluation's file."""
-    file.write_text(json.dumps(evaluation.to_json(), indent=2), encoding="utf-8")
+def save_evaluation(evaluation: Evaluation, *, file: Path, draft_dir: Path) -> None:
+    """Write the evaluation's file, and the draft's calibration where there is one."""
+    if evaluation.scheduling is not None:
+        write_calibration(draft_dir, evaluation.scheduling.calibration)
+    write_evaluation(file, evaluation)
 
 
 def _check_same_target(model: Qwen3DSparkModel, reader: CacheReader, *, draft_dir: Path) -> None:
@@ -200,14 +212,13 @@ def _score_split(
     reader: CacheReader,
     ranks: Ranks,
     stop: StopRequest | None = None,
-) -> CacheEvaluation:
-    """What the validation split says of the draft, on every rank; each scores its share of the samples.
+) -> list[tuple[int, SlotScores]]:
+    """Scores of the validation split by sample id, on rank 0; each rank scores its share of the samples.
 
     Raises StopAskedError once a rank was asked to stop.
     """
     own = list(_iterate_scores(config, module, reader=reader, ranks=ranks, stop=stop or StopRequest()))
-    scores = sorted((scored for part in ranks.gather(own) for scored in part), key=itemgetter(0))
-    return ranks.on_first(lambda: evaluate_scores(scores, block_size=module.draft_model.config.block_size))
+    return sorted((scored for part in ranks.gather(own) for scored in part), key=itemgetter(0))
 
 
 def _iterate_scores(
