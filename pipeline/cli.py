@@ -15,6 +15,7 @@ from rich.console import Console
 
 from pipeline import show
 from pipeline.config import Config, ConfigError, load_config, to_toml
+from pipeline.logs import configure_logs
 from stages.extract.settings import CacheSection
 from stages.extract.share import ALONE, Share
 from storage import CacheError
@@ -65,21 +66,7 @@ class _Group(click.Group):
 @click.option("--verbose", is_flag=True, help="Show debug messages and the libraries' own.")
 def main(verbose: bool) -> None:
     """Train DSpark speculative-decoding drafts from cached target hidden states."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", stream=sys.stdout, force=True
-    )
-    if not verbose:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        for library in ("transformers", "huggingface_hub", "fsspec", "httpx", "torch", "aiobotocore", "botocore"):
-            logging.getLogger(library).setLevel(logging.ERROR)
-        _quiet_transformers()
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    configure_logs(verbose=verbose)
 
 
 @main.command()
@@ -282,9 +269,12 @@ def export(checkpoint: Path, out: Path, dtype: str) -> None:
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-def report(runs: tuple[Path, ...]) -> None:
-    """Compare evaluated runs in a table, the best tau first."""
-    show.runs(console, runs)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the page. Default: the sweep's, or the runs'.")
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Compare runs, or the trials of a sweep, the best tau first: a table here, and report.html with the plots."""
+    from pipeline.report.command import report as write_report
+
+    write_report(runs, out=out, console=console)
 
 
 def _load(file: Path, overrides: tuple[str, ...]) -> Config:

@@ -1,6 +1,5 @@
 """What the command line prints: tables and the numbers at the end of a run."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.inspection import Histogram, Inspection, StateSample
-from stages.errors import SettingError
 from stages.evaluate.evaluation import Evaluation, Scheduling
 from stages.extract.price import Price
 from stages.extract.run import ExtractResult
@@ -296,32 +294,6 @@ def _some(shards: Sequence[int]) -> str:
 def printable(text: str) -> str:
     """Text that a damaged or hostile cache may have chosen, without what a terminal would obey or refuse."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def runs(console: Console, folders: Sequence[Path]) -> None:
-    """Evaluated runs, the best tau first."""
-    rows = []
-    for folder in folders:
-        if not folder.is_dir():
-            raise SettingError(f"{folder}: no such run; name folders that dspark train made")
-        file = folder / "evaluation.json"
-        rows.append((folder, json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None))
-    table = Table("tau", "95 % interval", "accept by slot", "top-1", "ECE", title="held-out acceptance")
-    table.add_column("run", overflow="fold")
-    for folder, numbers in sorted(rows, key=lambda row: -(row[1] or {"tau": 0.0})["tau"]):
-        if numbers is None:
-            table.add_row("none", "", "", "", "", str(folder))
-            continue
-        ece, rates = numbers["confidence_ece"], numbers["accept_rate_per_pos"]
-        table.add_row(
-            f"{numbers['tau']:.3f}",
-            f"{numbers['tau_low']:.3f} to {numbers['tau_high']:.3f}",
-            f"{rates[0]:.2f} .. {rates[-1]:.2f}",
-            f"{numbers['top1_agreement']:.3f}",
-            "" if ece is None else f"{ece:.3f}",
-            str(folder),
-        )
-    console.print(table)
 
 
 def _table(title: str) -> Table:

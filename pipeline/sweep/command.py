@@ -4,8 +4,10 @@ from functools import partial
 
 from rich.console import Console
 
-from pipeline import show
 from pipeline.config import Config
+from pipeline.report.command import print_table
+from pipeline.report.compare import compare_runs
+from pipeline.report.runs import read_runs
 from pipeline.sweep.desk import Desk
 from pipeline.sweep.plan import sweep_section
 from pipeline.sweep.processes import run_parallel
@@ -34,6 +36,6 @@ def sweep(config: Config, *, ranks: Ranks, console: Console) -> None:
         was_stopped = not run_trials(config, desk, ranks=ranks)
     if ranks.is_first:
         say(summarize(opened[0], was_stopped=was_stopped).describe())
-        folders = sorted(file.parent for file in config.train.run_dir.glob(f"*/{RECORD_FILE}"))
-        show.runs(console, folders)
-        say(f"dspark report {config.train.run_dir} writes a page with the curves")
+        if any(config.train.run_dir.glob(f"*/{RECORD_FILE}")):  # none on a machine that came too late
+            print_table(compare_runs(read_runs([config.train.run_dir])), console=console)
+            say(f"dspark report {config.train.run_dir} writes a page with the curves")

@@ -1,5 +1,6 @@
 """Several trials at once on one machine: worker processes that share a sweep, and the one that minds them."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ import click
 import torch
 
 from pipeline.config import Config, ConfigError
+from pipeline.logs import configure_logs
 from pipeline.sweep.desk import Desk
 from pipeline.sweep.plan import sweep_section
 from pipeline.sweep.run import open_sweep, run_trials
@@ -37,9 +39,11 @@ def run_parallel(config: Config, *, say: Callable[[str], None]) -> bool:
     """
     num_workers = sweep_section(config).parallel
     say(f"{num_workers} trials at once; what each logs is in its folder's log.txt")
+    verbose = logging.getLogger().isEnabledFor(logging.DEBUG)
     context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
     workers = [
-        context.Process(target=_work, args=(config, index), name=f"worker {index}") for index in range(num_workers)
+        context.Process(target=_work, args=(config, index, verbose), name=f"worker {index}")
+        for index in range(num_workers)
     ]
     with stop_on_signals() as stop:
         for worker in workers:
@@ -70,9 +74,10 @@ def _ask_to_stop(workers: list[SpawnProcess] | set[SpawnProcess]) -> None:
         worker.terminate()  # SIGTERM: the step in progress is finished
 
 
-def _work(config: Config, index: int) -> None:
+def _work(config: Config, index: int, verbose: bool) -> None:
     """A worker's whole life; its exit status says how it ended."""
     threading.Thread(target=_follow_parent, daemon=True).start()
+    configure_logs(verbose=verbose)
     torch.set_num_threads(max(1, torch.get_num_threads() // sweep_section(config).parallel))
     config = _on_own_device(config, index)
     try:

@@ -1,0 +1,26 @@
+"""What is logged, and that libraries keep quiet: of the command line, and of the processes that it starts."""
+
+import logging
+import os
+import sys
+
+LIBRARIES = ("transformers", "huggingface_hub", "fsspec", "httpx", "torch", "aiobotocore", "botocore")
+
+
+def configure_logs(*, verbose: bool) -> None:
+    """Messages to standard output; `verbose` shows debug messages and the libraries' own."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", stream=sys.stdout, force=True
+    )
+    if not verbose:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        for library in LIBRARIES:
+            logging.getLogger(library).setLevel(logging.ERROR)
+        _quiet_transformers()
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

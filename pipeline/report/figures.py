@@ -1,0 +1,296 @@
+"""The plots of a report, each drawn from what the runs hold, or left out with a reason."""
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pipeline.report.runs import Run
+from stages.evaluate.evaluation import Scheduling
+from stages.evaluate.reliability import Bins
+
+# Okabe and Ito's colours, which most colour-blind people can tell apart; without yellow, which white swallows.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":")
+FAINT = "#b0b0b0"
+MAX_NAMED = len(COLOURS)  # further runs are drawn faint, and have no place in a legend
+MAX_PANELS = 4
+NAME_LENGTH = 48
+DPI = 110
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A plot, or why there is none."""
+
+    key: str
+    title: str
+    text: str
+    """What is drawn, in a sentence or two."""
+    folders: tuple[str, ...]
+    """Run folders that it is drawn from."""
+    png: bytes | None
+    missing: str | None
+
+
+def draw_plots(runs: Sequence[Run]) -> list[Plot]:
+    """All plots of a report; `runs` in the order of the table."""
+    return [draw(runs) for draw in (_taus, _losses, _validations, _acceptance, _reliability, _thresholds, _outlook)]
+
+
+def _taus(runs: Sequence[Run]) -> Plot:
+    measured = [run for run in runs if run.evaluation is not None]
+    figure = Figure(figsize=(8, 1.2 + 0.32 * max(len(measured), 1)), layout="constrained")
+    axes = figure.subplots()
+    for place, run in enumerate(measured):
+        found = run.evaluation
+        if found is not None:
+            span = [[found.tau - found.tau_low], [found.tau_high - found.tau]]
+            axes.errorbar([found.tau], [place], xerr=span, fmt="o", capsize=3, color=_colour(place))
+    axes.set_yticks(range(len(measured)), [label_of(run) for run in measured])
+    axes.set_ylim(max(len(measured), 1) - 0.5, -0.5)
+    axes.set_xlabel("tau (expected tokens a verify round, bonus token included)")
+    axes.grid(axis="x", alpha=0.3)
+    text = "Mean and 95 % interval, bootstrap over held-out conversations."
+    return _plot("tau", "tau", text, measured, figure, missing="no run has been evaluated")
+
+
+def _losses(runs: Sequence[Run]) -> Plot:
+    trained = [run for run in runs if run.train_rows]
+    figure, axes = _axes("optimizer steps", "loss (weighted sum of its terms)")
+    _draw_lines(axes, trained, lambda run: _smooth(run.train_rows, "loss"))
+    text = "Training loss, averaged over up to a fiftieth of the steps."
+    return _plot("loss", "Training loss", text, trained, figure, missing="no run has metrics.jsonl")
+
+
+def _validations(runs: Sequence[Run]) -> Plot:
+    measured = [run for run in runs if run.validation_rows]
+    figure, axes = _axes("optimizer steps", "tau at validation (tokens a verify round)")
+    _draw_lines(axes, measured, lambda run: _column(run.validation_rows, "tau"), marker="o")
+    text = "tau on the held-out split during the training; a curve that ends early belongs to a run that was given up."
+    return _plot(
+        "validation", "Validation tau", text, measured, figure, missing="no run was validated while it trained"
+    )
+
+
+def _acceptance(runs: Sequence[Run]) -> Plot:
+    measured = [run for run in runs if run.evaluation is not None]
+    figure, axes = _axes("slot of the block (1 is behind the anchor)", "share accepted, all before it accepted")
+
+    def curve(run: Run) -> tuple[list[float], list[float]]:
+        found = run.evaluation
+        if found is None:
+            return [], []
+        rates = zip(found.conditional_accept_per_pos, found.num_blocks_per_pos, strict=True)
+        points = [(float(slot), rate) for slot, (rate, count) in enumerate(rates, start=1) if count]
+        return [slot for slot, _ in points], [rate for _, rate in points]
+
+    _draw_lines(axes, measured, curve, marker="o")
+    for place, run in enumerate(measured[:MAX_NAMED]):
+        if run.evaluation is not None:
+            slots, _ = curve(run)
+            low = run.evaluation.conditional_accept_low_per_pos[: len(slots)]
+            high = run.evaluation.conditional_accept_high_per_pos[: len(slots)]
+            axes.fill_between(slots, low, high, color=_colour(place), alpha=0.12, linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    text = (
+        "Conditional acceptance by position: of the rounds whose earlier slots were all accepted, the share that "
+        "accepts this one too. Bands: 95 % intervals."
+    )
+    return _plot("acceptance", "Acceptance by position", text, measured, figure, missing="no run has been evaluated")
+
+
+def _reliability(runs: Sequence[Run]) -> Plot:
+    shown = _with_scheduling(runs)[:MAX_PANELS]
+    figure = Figure(figsize=(2.9 * max(len(shown), 2), 6.4), layout="constrained")
+    grid = figure.subplots(2, max(len(shown), 1), squeeze=False)
+    for column, (run, scheduling) in enumerate(shown):
+        before, after = scheduling.reliability_before, scheduling.reliability_after
+        _draw_bins(grid[0][column], before.confidence, after.confidence)
+        _draw_bins(grid[1][column], before.survival, after.survival)
+        grid[0][column].set_title(label_of(run, length=28), fontsize=9)
+        grid[0][column].set_xlabel("confidence of a slot")
+        grid[1][column].set_xlabel("product of confidences\nup to a slot")
+    grid[0][0].set_ylabel("accept rate")
+    grid[1][0].set_ylabel("share of blocks accepted\nup to the slot")
+    if shown:
+        grid[0][0].legend(fontsize=8, loc="upper left")
+    text = (
+        "Predicted against observed, 15 bins; larger dots hold more slots, and on the diagonal the confidence can be "
+        f"believed. Measured on conversations that the temperatures were not fitted on. {_first_panels(shown)}"
+    )
+    return _plot(
+        "reliability", "Reliability before and after calibration", text, [run for run, _ in shown], figure,
+        missing=_WITHOUT_SCHEDULING,
+    )  # fmt: skip
+
+
+def _thresholds(runs: Sequence[Run]) -> Plot:
+    shown = _with_scheduling(runs)
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    accepted, verified = figure.subplots(1, 2)
+    for place, (run, scheduling) in enumerate(shown[:MAX_NAMED]):
+        curve, raw = scheduling.thresholds_after, scheduling.thresholds_before
+        style: dict[str, Any] = {"color": _colour(place), "linestyle": _line(place)}
+        accepted.plot(curve.threshold, curve.accepted, label=label_of(run), **style)
+        accepted.plot(raw.threshold, raw.accepted, color=_colour(place), alpha=0.35, linewidth=1)
+        verified.plot(curve.verified, curve.accepted, **style)
+    accepted.set_xlabel("threshold on the product of confidences")
+    accepted.set_ylabel("draft tokens accepted a round")
+    verified.set_xlabel("draft tokens verified a round")
+    for axes in (accepted, verified):
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    _legend(figure, accepted, len(shown))
+    text = (
+        "What a round accepts if it verifies only slots whose predicted survival reaches a threshold; on the left "
+        "calibrated, and faint as it was before. The bonus token is not counted."
+    )
+    return _plot(
+        "thresholds", "Accepted tokens against threshold", text, [run for run, _ in shown], figure,
+        missing=_WITHOUT_SCHEDULING,
+    )  # fmt: skip
+
+
+def _outlook(runs: Sequence[Run]) -> Plot:
+    shown = [(run, found) for run, found in _with_scheduling(runs) if found.outlook.concurrencies]
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    speed, gain = figure.subplots(1, 2)
+    for place, (run, scheduling) in enumerate(shown[:MAX_NAMED]):
+        rows = scheduling.outlook.concurrencies
+        requests = [row.num_requests for row in rows]
+        colour = _colour(place)
+        speed.plot(requests, [row.scheduled.tokens_per_second for row in rows], color=colour, label=label_of(run))
+        best = [row.fixed[row.best_length].tokens_per_second for row in rows]
+        speed.plot(requests, best, color=colour, linestyle=":", alpha=0.8)
+        gain.plot(requests, [100 * row.gain for row in rows], color=colour, linestyle=_line(place), marker="o")
+    for axes in (speed, gain):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_xlabel("concurrent requests")
+        axes.grid(alpha=0.3)
+    if shown:
+        speed.set_yscale("log")
+    speed.set_ylabel("tokens a second")
+    gain.set_ylabel("gain over the best fixed length (%)")
+    _legend(figure, speed, len(shown))
+    labels = sorted({found.outlook.throughput.label for _, found in shown})
+    text = (
+        "Simulated: verify lengths scheduled by calibrated confidence (solid) against the best fixed length (dotted), "
+        f"by {', '.join(labels)}."
+    )
+    return _plot(
+        "outlook", "Scheduling outlook by concurrency", text, [run for run, _ in shown], figure,
+        missing=_WITHOUT_SCHEDULING,
+    )  # fmt: skip
+
+
+_WITHOUT_SCHEDULING = "no evaluated run has a confidence head and the conversations to calibrate it"
+
+
+def label_of(run: Run, *, length: int = NAME_LENGTH) -> str:
+    """The run's name as matplotlib takes it: no mathematics, and no underscore first, which hides a line."""
+    name = "".join(char if char.isprintable() else "?" for char in run.name)
+    name = name if len(name) <= length else f"{name[: length // 2]}…{name[-(length // 2) :]}"
+    return ("./" + name if name.startswith("_") else name).replace("$", r"\$")
+
+
+def _with_scheduling(runs: Sequence[Run]) -> list[tuple[Run, Scheduling]]:
+    return [(run, run.evaluation.scheduling) for run in runs if run.evaluation and run.evaluation.scheduling]
+
+
+def _first_panels(shown: Sequence[Any]) -> str:
+    return f"The best {MAX_PANELS} runs at most." if len(shown) == MAX_PANELS else ""
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _draw_lines(
+    axes: Axes,
+    runs: Sequence[Run],
+    curve: Callable[[Run], tuple[list[float], list[float]]],
+    *,
+    marker: str | None = None,
+) -> None:
+    """A line a run, the first in colours, drawn last and so on top."""
+    for place, run in reversed(list(enumerate(runs))):
+        style: dict[str, Any] = {"color": FAINT, "linewidth": 0.8}
+        if place < MAX_NAMED:
+            style = {"color": _colour(place), "linestyle": _line(place), "label": label_of(run)}
+        axes.plot(*curve(run), marker=marker, markersize=4, **style)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(handles[::-1], labels[::-1], fontsize=8, framealpha=0.7)
+
+
+def _draw_bins(axes: Axes, before: Bins, after: Bins) -> None:
+    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
+    for bins, colour, marker, label in ((before, COLOURS[1], "s", "before"), (after, COLOURS[0], "o", "after")):
+        kept = [place for place, count in enumerate(bins.count) if count]
+        most = max(bins.count, default=1) or 1
+        axes.scatter(
+            [bins.mean_predicted[place] for place in kept],
+            [bins.mean_observed[place] for place in kept],
+            s=[12 + 70 * bins.count[place] / most for place in kept],
+            color=colour, marker=marker, alpha=0.7, label=label,
+        )  # fmt: skip
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_aspect("equal")
+    axes.grid(alpha=0.3)
+
+
+def _legend(figure: Figure, axes: Axes, num_runs: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if num_runs:
+        figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
+
+
+def _column(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    points = [(float(row["step"]), float(row[key])) for row in rows if isinstance(row.get(key), int | float)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _smooth(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Means over neighbouring steps: about fifty points, whatever the number of steps."""
+    steps, values = _column(rows, key)
+    width = max(1, math.ceil(len(values) / 50))
+    starts = range(0, len(values), width)
+    means = [math.fsum(values[start : start + width]) / len(values[start : start + width]) for start in starts]
+    return [steps[min(start + width, len(steps)) - 1] for start in starts], means
+
+
+def _colour(place: int) -> str:
+    return COLOURS[place % len(COLOURS)]
+
+
+def _line(place: int) -> str:
+    return LINES[place % len(LINES)]
+
+
+def _plot(key: str, title: str, text: str, runs: Sequence[Run], figure: Figure, *, missing: str) -> Plot:
+    folders = tuple(str(run.folder) for run in runs)
+    if not runs:
+        return Plot(key=key, title=title, text=text, folders=(), png=None, missing=missing)
+    return Plot(key=key, title=title, text=text, folders=folders, png=_render(figure), missing=None)
+
+
+def _render(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for the letter
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,131 @@
+"""`report.html`: one page without anything from elsewhere, its plots inside it and beside it as PNG files.
+
+The page is made anew from the runs each time; deleting it and its folder loses nothing.
+"""
+
+import base64
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from pipeline.report.compare import Comparison, Difference, describe_seconds, headline
+from pipeline.report.figures import Plot, draw_plots
+from pipeline.report.runs import Run, differing_keys
+
+PAGE = "report.html"
+PLOTS = "report"
+TEMPLATE = "page.html.j2"
+
+
+def write_page(comparison: Comparison, out: Path) -> Path:
+    """Write `report.html` and `report/*.png` into the folder `out`; the page's path."""
+    plots = draw_plots(comparison.runs)
+    (out / PLOTS).mkdir(parents=True, exist_ok=True)
+    for plot in plots:
+        file = out / PLOTS / f"{plot.key}.png"
+        if plot.png is None:
+            file.unlink(missing_ok=True)  # of an earlier report
+        else:
+            _replace(file, plot.png)
+    _replace(out / PAGE, render_page(comparison, plots).encode("utf-8"))
+    return out / PAGE
+
+
+def render_page(comparison: Comparison, plots: list[Plot]) -> str:
+    """The page's HTML; every text in it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    keys = differing_keys(comparison.runs)
+    return environment.get_template(TEMPLATE).render(
+        headline=headline(comparison),
+        keys=keys,
+        rows=[_row(run, comparison, keys) for run in comparison.runs],
+        plots=[_describe_plot(plot) for plot in plots],
+        costs=[_cost(run) for run in comparison.runs],
+    )
+
+
+def format_difference(difference: Difference | None) -> str:
+    """How far behind the best: mean and interval."""
+    if difference is None:
+        return ""
+    return f"{-difference.mean:+.3f} ({-difference.high:+.3f} to {-difference.low:+.3f})"
+
+
+def format_value(value: Any) -> str:
+    """A config value in few characters."""
+    if value is None:
+        return "default"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def format_bytes(count: int | None) -> str:
+    """Three digits and a unit."""
+    if count is None:
+        return "not at hand"
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def _row(run: Run, comparison: Comparison, keys: list[str]) -> dict[str, Any]:
+    found = run.evaluation
+    row: dict[str, Any] = {
+        "name": run.name,
+        "folder": str(run.folder),
+        "values": [format_value(run.config.get(key)) for key in keys],
+        "is_best": run is comparison.best,
+        "is_choice": run is comparison.choice,
+        "problem": run.problem,
+        "measured": None,
+    }
+    if found is not None:
+        difference = comparison.difference(run)
+        row["measured"] = {
+            "tau": f"{found.tau:.3f}",
+            "interval": f"{found.tau_low:.3f} to {found.tau_high:.3f}",
+            "behind": format_difference(difference) or ("best" if row["is_best"] else "other blocks"),
+            "is_tied": difference is not None and not difference.is_clear,
+            "accept": f"{found.accept_rate_per_pos[0]:.3f} … {found.accept_rate_per_pos[-1]:.3f}",
+            "top1": f"{found.top1_agreement:.3f}",
+            "ece": "" if found.confidence_ece is None else f"{found.confidence_ece:.3f}",
+            "samples": f"{found.num_samples:,}",
+        }
+    return row
+
+
+def _cost(run: Run) -> dict[str, str]:
+    origin = run.trial.get("origin") or {}
+    return {
+        "name": run.name,
+        "seconds": describe_seconds(run.seconds) if run.train_rows else "",
+        "steps": f"{run.num_steps:,}" if run.train_rows else "",
+        "parameters": "" if run.num_parameters is None else f"{run.num_parameters:,}",
+        "draft": "" if run.draft_bytes is None else format_bytes(run.draft_bytes),
+        "cache": format_bytes(run.cache_bytes),
+        "cache_path": str(run.config.get("cache.path", "")),
+        "revision": str(origin.get("revision") or "")[:12],
+        "state": str(run.trial.get("state", "")),
+    }
+
+
+def _describe_plot(plot: Plot) -> dict[str, Any]:
+    image = None if plot.png is None else "data:image/png;base64," + base64.b64encode(plot.png).decode("ascii")
+    return {
+        "key": plot.key, "title": plot.title, "text": plot.text, "image": image,
+        "missing": plot.missing, "folders": plot.folders,
+    }  # fmt: skip
+
+
+def _replace(file: Path, data: bytes) -> None:
+    temp = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temp.write_bytes(data)
+        temp.replace(file)
+    finally:
+        temp.unlink(missing_ok=True)

@@ -1,0 +1,350 @@
+"""Sweeps for real: trained, evaluated, killed, continued, pruned, shared by processes, refused."""
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from optuna.trial import TrialState
+from rich.console import Console
+from safetensors.torch import load_file
+
+from pipeline.cli import main
+from pipeline.config import load_config, to_toml
+from pipeline.sweep import command as sweep_command
+from pipeline.sweep.record import read_trial
+from stages.errors import SettingError
+from stages.train.checkpoint import find_checkpoint
+from stages.train.loop import Stepper
+from stages.train.metrics import read_metrics
+from stages.train.parallel import Ranks
+from storage import CacheReader
+from tiny_target import make_config
+
+ROOT = Path(__file__).parent.parent
+PATIENCE_SECONDS = 180.0
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cached")
+    file = folder / "base.toml"
+    file.write_text(to_toml(make_config(folder)))
+    assert CliRunner().invoke(main, ["extract", str(file)], catch_exceptions=False).exit_code == 0
+    return folder
+
+
+def write_sweep(cached: Path, tmp_path: Path, sweep: str, **changes: Any) -> Path:
+    config = make_config(cached, train__run_dir=tmp_path / "run", **{"train__max_steps": 4, **changes})
+    file = tmp_path / "sweep.toml"
+    file.write_text(f"{to_toml(config)}\n{sweep}\n")
+    return file
+
+
+def run(file: Path, *, command: str = "sweep") -> Result:
+    return CliRunner().invoke(main, [command, str(file)], catch_exceptions=False)
+
+
+def start(file: Path, output: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with output.open("wb") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipeline.cli", "sweep", str(file)],
+            env=environment, stdout=stream, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes] | None = None) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert process is None or process.poll() is None, "it has ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def states(run_dir: Path) -> list[TrialState]:
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{run_dir}/study.db")
+    return [trial.state for trial in study.trials]
+
+
+def last_step(run_dir: Path) -> int:
+    return max((row["step"] for row in read_metrics(run_dir)), default=0)
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """All that was logged, without what depends on the clock."""
+    timed = {"seconds", "tokens_per_second", "eta_seconds", "waited_seconds", "wait_share"}
+    return [{key: value for key, value in row.items() if key not in timed} for row in read_metrics(run_dir)]
+
+
+def assert_same_runs(left: Path, right: Path) -> None:
+    names = sorted(folder.name for folder in left.glob("*/draft/.."))
+    assert names == sorted(folder.name for folder in right.glob("*/draft/.."))
+    for one, other in zip(sorted(left.glob("*/draft")), sorted(right.glob("*/draft")), strict=True):
+        assert rows(one.parent) == rows(other.parent)
+        first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+        assert all(torch.equal(first[name], second[name]) for name in first | second)
+        assert json.loads((one.parent / "evaluation.json").read_text()) == json.loads(
+            (other.parent / "evaluation.json").read_text()
+        )
+
+
+def test_a_sweep_trains_evaluates_and_compares_once(cached: Path, tmp_path: Path) -> None:
+    file = write_sweep(cached, tmp_path, '[sweep.grid]\n"draft.markov_head_type" = ["vanilla", "rnn"]')
+    first = run(file)
+    assert first.exit_code == 0, first.output
+    folders = [tmp_path / "run" / f"markov_head_type={head}" for head in ("vanilla", "rnn")]
+    assert all((folder / "evaluation.json").is_file() for folder in folders)
+    assert "2 of 2 trials have ended: 2 complete" in first.output
+    before = [read_metrics(folder) for folder in folders]
+    second = run(file)
+    assert second.exit_code == 0
+    assert "2 of 2 trials have ended: 2 complete" in second.output
+    assert "trial 1 of 2" not in second.output
+    assert [read_metrics(folder) for folder in folders] == before
+    out = tmp_path / "exported"
+    exported = CliRunner().invoke(main, ["export", str(folders[1] / "checkpoints" / "step_00000004"), str(out)])
+    assert exported.exit_code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert "exists already" in CliRunner().invoke(main, ["export", str(folders[1] / "draft"), str(out)]).output
+
+
+def test_a_trial_says_what_it_was_made_from(cached: Path, tmp_path: Path) -> None:
+    result = run(write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [3, 4]'))
+    records = [read_trial(tmp_path / "run" / f"seed={seed}") for seed in (3, 4)]
+    orders = re.findall(r"epoch 0: order ([0-9a-f]{16})", result.output)
+    assert len(set(orders)) == 2
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/run/study.db")
+    with CacheReader(cached / "cache") as reader:
+        for number, record in enumerate(records):
+            assert record is not None
+            assert (record["number"], record["values"], record["state"]) == (
+                number + 1, {"train.seed": 3 + number}, "complete",
+            )  # fmt: skip
+            origin = record["origin"]
+            assert origin["cache"]["cache.identity"] == reader.identity.digest()
+            assert origin["cache"]["cache.plan"] == reader.manifest.plan_digest
+            assert origin["order"].startswith(orders[number])
+            assert origin["versions"]["torch"] == torch.__version__
+            assert {"python", "transformers", "numpy", "optuna", "dspark-offline"} <= origin["versions"].keys()
+            assert study.trials[number].user_attrs["origin"] == origin
+            evaluation = json.loads((tmp_path / "run" / f"seed={3 + number}" / "evaluation.json").read_text())
+            assert study.trials[number].value == evaluation["tau"]
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode == 0 and records[0] is not None and records[0]["origin"]["revision"]:
+        assert records[0]["origin"]["revision"].rstrip("+") == head.stdout.strip()
+
+
+def test_random_and_tpe_train_what_they_draw(cached: Path, tmp_path: Path) -> None:
+    for sampler in ("random", "tpe"):
+        sweep = f"""
+        [sweep]
+        sampler = "{sampler}"
+        num_trials = 2
+        [sweep.parameters]
+        "train.lr" = {{ low = 1e-4, high = 1e-1, log = true }}
+        "draft.target_layer_ids" = [[1, 3], [-1]]
+        """
+        folder = tmp_path / sampler
+        folder.mkdir()
+        result = run(write_sweep(cached, folder, sweep, train__max_steps=1))
+        assert "2 of 2 trials have ended: 2 complete" in result.output
+        records = [read_trial(trial.parent) for trial in sorted((folder / "run").glob("*/draft"))]
+        for number, record in enumerate(records, start=1):
+            assert record is not None
+            name = f"{number:04d},lr={record['values']['train.lr']:.4g},target_layer_ids="
+            (run_dir,) = (folder / "run").glob(f"{name}*")
+            assert read_metrics(run_dir)[0]["lr"] == record["values"]["train.lr"]
+            layers = json.loads((run_dir / "draft" / "config.json").read_text())["target_layer_ids"]
+            assert layers == record["values"]["draft.target_layer_ids"]
+
+
+def test_a_killed_sweep_continues_the_same_trial_in_its_folder(cached: Path, tmp_path: Path) -> None:
+    """SIGKILL in the second trial, behind a checkpoint; the result is that of an undisturbed sweep."""
+    sweep = '[sweep.grid]\n"train.seed" = [0, 1]'
+    options = {"train__max_steps": 40, "train__checkpoint_every": 10}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    run(write_sweep(cached, tmp_path / "whole", sweep, **options))
+    file, run_dir = write_sweep(cached, tmp_path / "killed", sweep, **options), tmp_path / "killed" / "run"
+    trial = run_dir / "seed=1"
+    process = start(file, tmp_path / "output.txt")
+    wait_for(lambda: last_step(trial) >= 12, process)
+    process.kill()
+    process.wait()
+    assert states(run_dir) == [TrialState.COMPLETE, TrialState.RUNNING]
+    assert not (trial / "evaluation.json").exists()
+    record = read_trial(trial)
+    assert record is not None
+    assert record["state"] == "started"
+    result = run(file)
+    assert "trial 1 of 2" not in result.output
+    assert "trial 2 of 2" in result.output
+    assert re.search(r"continuing behind step [123]0 of 40", result.output)
+    assert states(run_dir) == [TrialState.COMPLETE] * 2
+    assert_same_runs(tmp_path / "whole" / "run", run_dir)
+
+
+def test_a_sweep_that_is_asked_to_stop_puts_its_trial_back(cached: Path, tmp_path: Path) -> None:
+    file = write_sweep(
+        cached, tmp_path, '[sweep.grid]\n"train.seed" = [0, 1]', train__max_steps=3000, train__epochs=750
+    )
+    process = start(file, tmp_path / "output.txt")
+    wait_for(lambda: last_step(tmp_path / "run" / "seed=0") >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    assert "0 of 2 trials have ended: 0 complete; stopped, the same command" in (tmp_path / "output.txt").read_text()
+    assert states(tmp_path / "run") == [TrialState.WAITING]
+    found = find_checkpoint(tmp_path / "run" / "seed=0" / "checkpoints")
+    assert found is not None
+    assert found[1].step == last_step(tmp_path / "run" / "seed=0")
+
+
+def test_a_hopeless_trial_is_pruned_and_can_be_finished_by_hand(cached: Path, tmp_path: Path) -> None:
+    """Two good learning rates, then one that learns nothing: it ends at its first validation."""
+    sweep = """
+    [sweep]
+    prune = true
+    prune_startup_trials = 2
+    [sweep.grid]
+    "train.lr" = [1e-2, 2e-2, 1e-12]
+    """
+    file = write_sweep(
+        cached, tmp_path, sweep, train__validate_every=3, train__max_steps=8, train__checkpoint_every=100
+    )
+    result = run(file)
+    assert result.exit_code == 0
+    assert "3 of 3 trials have ended: 2 complete, 1 pruned" in result.output
+    assert "behind step 3 is below the median of the trials before it" in result.output
+    assert "run the same command again" not in result.output
+    pruned = tmp_path / "run" / "lr=1e-12"
+    assert states(tmp_path / "run") == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED]
+    record, found = read_trial(pruned), find_checkpoint(pruned / "checkpoints")
+    assert record is not None
+    assert (record["state"], record["step"]) == ("pruned", 3)
+    assert found is not None
+    assert found[1].step == 3
+    assert not (pruned / "draft").exists()
+    assert [(row["kind"], row["step"]) for row in read_metrics(pruned)][-1] == ("validation", 3)
+    assert "trial 3 of 3" not in run(file).output
+    assert last_step(pruned) == 3
+    finished = run(pruned / "config.toml", command="train")
+    assert "continuing behind step 3 of 8" in finished.output
+    assert (pruned / "evaluation.json").is_file()
+
+
+def test_values_that_do_not_work_fail_their_trial_alone(cached: Path, tmp_path: Path) -> None:
+    """Layer 0 is not in the cache, and a learning rate of 1e30 gives NaN."""
+    sweep = '[sweep.grid]\n"draft.target_layer_ids" = [[0], [1, 3]]\n"train.lr" = [1e-2, 1e30]'
+    file = write_sweep(cached, tmp_path, sweep)
+    result = run(file)
+    assert result.exit_code == 0
+    assert "4 of 4 trials have ended: 1 complete, 3 failed" in result.output
+    record = read_trial(tmp_path / "run" / "target_layer_ids=1_3,lr=1e+30")
+    assert record is not None
+    assert record["state"] == "failed"
+    assert "Lower train.lr" in record["reason"]
+    assert "draft.target_layer_ids: [0] are not in the cache" in result.output
+    assert "of 4:" not in run(file).output  # nothing is tried again
+
+
+def test_an_error_of_the_code_ends_the_sweep_and_costs_no_trial(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0, 1]')
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", lambda *_, **__: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            run(file)
+    assert states(tmp_path / "run") == [TrialState.WAITING]
+    assert "2 of 2 trials have ended: 2 complete" in run(file).output
+
+
+def test_a_sweep_keeps_to_its_cache(cached: Path, tmp_path: Path) -> None:
+    run(write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0]'))
+    other = make_config(tmp_path / "other" if (tmp_path / "other").mkdir() is None else tmp_path, num_chats=12)
+    base = tmp_path / "other.toml"
+    base.write_text(to_toml(other))
+    assert run(base, command="extract").exit_code == 0
+    file = write_sweep(tmp_path / "other", tmp_path, '[sweep.grid]\n"train.seed" = [0]')
+    refused = run(file)
+    assert refused.exit_code == 1
+    assert "holds a sweep (run) that was begun with something else" in refused.output
+    assert "cache.identity: the sweep has" in refused.output
+
+
+def test_two_trials_at_once_are_those_of_one_after_the_other(cached: Path, tmp_path: Path) -> None:
+    sweep = '[sweep]\nparallel = {}\n[sweep.grid]\n"train.seed" = [0, 1, 2]'
+    for name, parallel in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        file = write_sweep(cached, tmp_path / name, sweep.format(parallel))
+    run(tmp_path / "one" / "sweep.toml")
+    process = start(file, tmp_path / "output.txt")
+    assert process.wait(PATIENCE_SECONDS) == 0
+    output = (tmp_path / "output.txt").read_text()
+    assert "3 of 3 trials have ended: 3 complete" in output
+    assert "step      1" not in output
+    assert all("step      4/4" in log.read_text() for log in (tmp_path / "two" / "run").glob("*/log.txt"))
+    assert len(list((tmp_path / "two" / "run").glob("*/log.txt"))) == 3
+    assert_same_runs(tmp_path / "one" / "run", tmp_path / "two" / "run")
+    with sqlite3.connect(tmp_path / "two" / "run" / "study.db") as data_base:
+        times = data_base.execute("SELECT datetime_start, datetime_complete FROM trials ORDER BY number").fetchall()
+    assert times[1][0] < times[0][1]  # the second began before the first ended
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_stop_with_the_process_that_minds_them(cached: Path, tmp_path: Path, number: int) -> None:
+    sweep = '[sweep]\nparallel = 2\n[sweep.grid]\n"train.seed" = [0, 1]'
+    file = write_sweep(cached, tmp_path, sweep, train__max_steps=3000, train__epochs=750)
+    process = start(file, tmp_path / "output.txt")
+    folders = [tmp_path / "run" / f"seed={seed}" for seed in (0, 1)]
+    wait_for(lambda: all(last_step(folder) >= 2 for folder in folders), process)
+    process.send_signal(number)
+    assert process.wait(60) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    wait_for(lambda: states(tmp_path / "run") == [TrialState.WAITING] * 2)
+    for folder in folders:
+        found = find_checkpoint(folder / "checkpoints")
+        assert found is not None
+        assert found[1].step == last_step(folder)
+
+
+def test_two_commands_at_once_share_the_trials(cached: Path, tmp_path: Path) -> None:
+    file = write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0, 1, 2, 3]', train__max_steps=20)
+    processes = [start(file, tmp_path / f"{name}.txt") for name in ("left", "right")]
+    assert [process.wait(PATIENCE_SECONDS) for process in processes] == [0, 0]
+    texts = [(tmp_path / f"{name}.txt").read_text() for name in ("left", "right")]
+    begun = sorted(int(number) for text in texts for number in re.findall(r"^trial (\d) of 4: ", text, re.MULTILINE))
+    assert begun == [1, 2, 3, 4]
+    assert all("4 of 4 trials have ended: 4 complete" in text for text in texts)
+    assert all(re.search(r"^trial \d of 4: ", text, re.MULTILINE) for text in texts)
+
+
+def test_the_ranks_of_one_job_take_every_trial_together(cached: Path, tmp_path: Path) -> None:
+    file = write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0, 1]')
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "-m", "pipeline.cli", "sweep", str(file)],
+        env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 of 2 trials have ended: 2 complete") == 1
+    assert done.stdout.count("trial 1 of 2: ") == 1
+    assert states(tmp_path / "run") == [TrialState.COMPLETE] * 2
+
+
+def test_ranks_take_no_two_trials_at_once(cached: Path, tmp_path: Path) -> None:
+    config = load_config(write_sweep(cached, tmp_path, '[sweep]\nparallel = 2\n[sweep.grid]\n"train.seed" = [0, 1]'))
+    with pytest.raises(SettingError, match=r"sweep.parallel: is 2, but the 3 processes of torchrun"):
+        sweep_command.sweep(config, ranks=Ranks(rank=1, world=3), console=Console())
