@@ -10,22 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.report.runs import Run
+from pipeline.report.words import Difference, describe_seconds
 from stages.evaluate.bootstrap import bootstrap_ratio
 from stages.evaluate.evaluation import Evaluation
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """tau of the best run minus that of another, over the blocks that both have; `low`, `high`: 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +36,12 @@ class Comparison:
     @property
     def ties(self) -> list[Run]:
         """Those of them that cannot be told from it."""
-        return [run for run in self.others if not (self.difference(run) or _UNCLEAR).is_clear]
+        return [run for run in self.others if not self.differences[str(run.folder)].is_clear]
 
     @property
     def choice(self) -> Run | None:
         """The run to ship: the cheapest that cannot be told from the best."""
         return None if self.best is None else min([self.best, *self.ties], key=cost_of)
-
-
-_UNCLEAR = Difference(mean=0.0, low=0.0, high=0.0)
 
 
 def cost_of(run: Run) -> tuple[float, float]:
@@ -96,49 +80,41 @@ def paired_difference(one: Evaluation, other: Evaluation) -> Difference | None:
 
 def headline(comparison: Comparison) -> str:
     """One or two sentences: which draft to ship, and why."""
-    best = comparison.best
-    if best is None or best.evaluation is None:
+    best, choice = comparison.best, comparison.choice
+    if best is None or choice is None:
         return "No run has been evaluated, so there is nothing to compare: run dspark evaluate."
-    found = best.evaluation
-    reached = f"tau {found.tau:.3f} (95 % interval {found.tau_low:.3f} to {found.tau_high:.3f})"
     others = comparison.others
     if not others:
-        apart = "; the others were measured on other blocks" if any(r.evaluation for r in comparison.runs[1:]) else ""
-        return f"{best.name} has {reached}; there is no other run to compare it with{apart}."
+        apart = any(run.evaluation is not None for run in comparison.runs[1:])
+        why = "the others were measured on other blocks" if apart else "there is no other evaluated run"
+        return f"{best.name} has {_describe_tau(best)}; nothing to compare it with, since {why}."
     if not comparison.ties:
-        next_best = others[0]
-        ahead = comparison.difference(next_best) or _UNCLEAR
+        ahead = comparison.differences[str(others[0].folder)]
         return (
-            f"Ship {best.name}: {reached}, {ahead.mean:.3f} above the next, {next_best.name} (paired difference "
-            f"{ahead.low:.3f} to {ahead.high:.3f}), which is beyond chance."
+            f"Ship {best.name}: {_describe_tau(best)}, {ahead.mean:.3f} above the next, {others[0].name} (paired "
+            f"difference {ahead.low:.3f} to {ahead.high:.3f}), which is beyond chance."
         )
-    return f"{best.name} has the highest tau, {reached}, but {_describe_ties(comparison)}"
-
-
-def _describe_ties(comparison: Comparison) -> str:
-    ties, choice = comparison.ties, comparison.choice
-    if choice is None:
-        raise AssertionError("nothing is tied without a best run")
-    names = ", ".join(run.name for run in ties[:3]) + (f" and {len(ties) - 3} more" if len(ties) > 3 else "")
-    cannot = f"{names} cannot be told from it on these conversations."
-    if choice is comparison.best:
-        return f"{cannot} It is also the cheapest of them ({describe_cost(choice)}): ship it."
-    behind = comparison.difference(choice) or _UNCLEAR
+    tied = [run for run in (best, *comparison.ties) if run is not choice]
+    names = ", ".join(run.name for run in tied[:3]) + (f" and {len(tied) - 3} more" if len(tied) > 3 else "")
+    cheapest = f"the cheapest of those that cannot be told from the best ({describe_cost(choice)})"
+    if choice is best:
+        return (
+            f"Ship {best.name}: {_describe_tau(best)}, the highest, but not beyond chance above {names}. It is also "
+            f"{cheapest}."
+        )
+    behind = comparison.differences[str(choice.folder)]
     return (
-        f"{cannot} Ship {choice.name}, the cheapest of them ({describe_cost(choice)}): it is {behind.mean:.3f} behind, "
-        f"with an interval from {behind.low:.3f} to {behind.high:.3f}."
+        f"Ship {choice.name}: {_describe_tau(choice)}, {cheapest}. The highest tau has {best.name}, by {behind.mean:.3f}, "
+        f"which is not beyond chance (paired difference {behind.low:.3f} to {behind.high:.3f})."
     )
+
+
+def _describe_tau(run: Run) -> str:
+    found = run.evaluation
+    return "" if found is None else f"tau {found.tau:.3f} (95 % interval {found.tau_low:.3f} to {found.tau_high:.3f})"
 
 
 def describe_cost(run: Run) -> str:
     """Parameters and training time, in words."""
     parameters = "draft gone" if run.num_parameters is None else f"{run.num_parameters:,} trained parameters"
     return f"{parameters}, {describe_seconds(run.seconds)} of training"
-
-
-def describe_seconds(seconds: float) -> str:
-    """Seconds, minutes or hours, three digits."""
-    for unit, size in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -19,10 +20,11 @@ from stages.evaluate.reliability import Bins
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 FAINT = "#b0b0b0"
-MAX_NAMED = len(COLOURS)  # further runs are drawn faint, and have no place in a legend
 MAX_PANELS = 4
 NAME_LENGTH = 48
 DPI = 110
+
+Styles = dict[Path, "Style"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +41,34 @@ class Plot:
     missing: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How a run is drawn, in all plots of a report alike."""
+
+    colour: str
+    line: str
+    is_named: bool
+    """Whether it has a colour of its own, and a place in the legends."""
+
+
 def draw_plots(runs: Sequence[Run]) -> list[Plot]:
     """All plots of a report; `runs` in the order of the table."""
-    return [draw(runs) for draw in (_taus, _losses, _validations, _acceptance, _reliability, _thresholds, _outlook)]
+    styles = plan_styles(runs)
+    drawings = (_taus, _losses, _validations, _acceptance, _reliability, _thresholds, _outlook)
+    return [draw(runs, styles) for draw in drawings]
 
 
-def _taus(runs: Sequence[Run]) -> Plot:
+def plan_styles(runs: Sequence[Run]) -> Styles:
+    """By folder: the first runs in colours, further ones faint."""
+    styles = {}
+    for place, run in enumerate(runs):
+        is_named = place < len(COLOURS)
+        colour = COLOURS[place] if is_named else FAINT
+        styles[run.folder] = Style(colour=colour, line=LINES[place % len(LINES)], is_named=is_named)
+    return styles
+
+
+def _taus(runs: Sequence[Run], styles: Styles) -> Plot:
     measured = [run for run in runs if run.evaluation is not None]
     figure = Figure(figsize=(8, 1.2 + 0.32 * max(len(measured), 1)), layout="constrained")
     axes = figure.subplots()
@@ -52,34 +76,34 @@ def _taus(runs: Sequence[Run]) -> Plot:
         found = run.evaluation
         if found is not None:
             span = [[found.tau - found.tau_low], [found.tau_high - found.tau]]
-            axes.errorbar([found.tau], [place], xerr=span, fmt="o", capsize=3, color=_colour(place))
+            axes.errorbar([found.tau], [place], xerr=span, fmt="o", capsize=3, color=styles[run.folder].colour)
     axes.set_yticks(range(len(measured)), [label_of(run) for run in measured])
     axes.set_ylim(max(len(measured), 1) - 0.5, -0.5)
-    axes.set_xlabel("tau (expected tokens a verify round, bonus token included)")
+    axes.set_xlabel("tau (tokens a verify round)")
     axes.grid(axis="x", alpha=0.3)
     text = "Mean and 95 % interval, bootstrap over held-out conversations."
     return _plot("tau", "tau", text, measured, figure, missing="no run has been evaluated")
 
 
-def _losses(runs: Sequence[Run]) -> Plot:
+def _losses(runs: Sequence[Run], styles: Styles) -> Plot:
     trained = [run for run in runs if run.train_rows]
     figure, axes = _axes("optimizer steps", "loss (weighted sum of its terms)")
-    _draw_lines(axes, trained, lambda run: _smooth(run.train_rows, "loss"))
+    _draw_lines(axes, trained, styles, lambda run: _smooth(run.train_rows, "loss"))
     text = "Training loss, averaged over up to a fiftieth of the steps."
     return _plot("loss", "Training loss", text, trained, figure, missing="no run has metrics.jsonl")
 
 
-def _validations(runs: Sequence[Run]) -> Plot:
+def _validations(runs: Sequence[Run], styles: Styles) -> Plot:
     measured = [run for run in runs if run.validation_rows]
     figure, axes = _axes("optimizer steps", "tau at validation (tokens a verify round)")
-    _draw_lines(axes, measured, lambda run: _column(run.validation_rows, "tau"), marker="o")
+    _draw_lines(axes, measured, styles, lambda run: _column(run.validation_rows, "tau"), marker="o")
     text = "tau on the held-out split during the training; a curve that ends early belongs to a run that was given up."
     return _plot(
         "validation", "Validation tau", text, measured, figure, missing="no run was validated while it trained"
     )
 
 
-def _acceptance(runs: Sequence[Run]) -> Plot:
+def _acceptance(runs: Sequence[Run], styles: Styles) -> Plot:
     measured = [run for run in runs if run.evaluation is not None]
     figure, axes = _axes("slot of the block (1 is behind the anchor)", "share accepted, all before it accepted")
 
@@ -91,14 +115,14 @@ def _acceptance(runs: Sequence[Run]) -> Plot:
         points = [(float(slot), rate) for slot, (rate, count) in enumerate(rates, start=1) if count]
         return [slot for slot, _ in points], [rate for _, rate in points]
 
-    _draw_lines(axes, measured, curve, marker="o")
-    for place, run in enumerate(measured[:MAX_NAMED]):
-        if run.evaluation is not None:
+    _draw_lines(axes, measured, styles, curve, marker="o")
+    for run in measured:
+        style = styles[run.folder]
+        if run.evaluation is not None and style.is_named:
             slots, _ = curve(run)
             low = run.evaluation.conditional_accept_low_per_pos[: len(slots)]
             high = run.evaluation.conditional_accept_high_per_pos[: len(slots)]
-            axes.fill_between(slots, low, high, color=_colour(place), alpha=0.12, linewidth=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.fill_between(slots, low, high, color=style.colour, alpha=0.12, linewidth=0)
     text = (
         "Conditional acceptance by position: of the rounds whose earlier slots were all accepted, the share that "
         "accepts this one too. Bands: 95 % intervals."
@@ -106,7 +130,7 @@ def _acceptance(runs: Sequence[Run]) -> Plot:
     return _plot("acceptance", "Acceptance by position", text, measured, figure, missing="no run has been evaluated")
 
 
-def _reliability(runs: Sequence[Run]) -> Plot:
+def _reliability(runs: Sequence[Run], styles: Styles) -> Plot:
     shown = _with_scheduling(runs)[:MAX_PANELS]
     figure = Figure(figsize=(2.9 * max(len(shown), 2), 6.4), layout="constrained")
     grid = figure.subplots(2, max(len(shown), 1), squeeze=False)
@@ -131,23 +155,23 @@ def _reliability(runs: Sequence[Run]) -> Plot:
     )  # fmt: skip
 
 
-def _thresholds(runs: Sequence[Run]) -> Plot:
+def _thresholds(runs: Sequence[Run], styles: Styles) -> Plot:
     shown = _with_scheduling(runs)
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     accepted, verified = figure.subplots(1, 2)
-    for place, (run, scheduling) in enumerate(shown[:MAX_NAMED]):
+    for run, scheduling in shown:
         curve, raw = scheduling.thresholds_after, scheduling.thresholds_before
-        style: dict[str, Any] = {"color": _colour(place), "linestyle": _line(place)}
-        accepted.plot(curve.threshold, curve.accepted, label=label_of(run), **style)
-        accepted.plot(raw.threshold, raw.accepted, color=_colour(place), alpha=0.35, linewidth=1)
-        verified.plot(curve.verified, curve.accepted, **style)
+        look = _look(run, styles[run.folder])
+        accepted.plot(curve.threshold, curve.accepted, **look)
+        accepted.plot(raw.threshold, raw.accepted, color=look["color"], alpha=0.35, linewidth=1)
+        verified.plot(curve.verified, curve.accepted, **look)
     accepted.set_xlabel("threshold on the product of confidences")
     accepted.set_ylabel("draft tokens accepted a round")
     verified.set_xlabel("draft tokens verified a round")
     for axes in (accepted, verified):
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    _legend(figure, accepted, len(shown))
+    _add_legend(accepted)
     text = (
         "What a round accepts if it verifies only slots whose predicted survival reaches a threshold; on the left "
         "calibrated, and faint as it was before. The bonus token is not counted."
@@ -158,18 +182,18 @@ def _thresholds(runs: Sequence[Run]) -> Plot:
     )  # fmt: skip
 
 
-def _outlook(runs: Sequence[Run]) -> Plot:
+def _outlook(runs: Sequence[Run], styles: Styles) -> Plot:
     shown = [(run, found) for run, found in _with_scheduling(runs) if found.outlook.concurrencies]
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     speed, gain = figure.subplots(1, 2)
-    for place, (run, scheduling) in enumerate(shown[:MAX_NAMED]):
-        rows = scheduling.outlook.concurrencies
+    for run, scheduling in shown:
+        rows, style = scheduling.outlook.concurrencies, styles[run.folder]
         requests = [row.num_requests for row in rows]
-        colour = _colour(place)
-        speed.plot(requests, [row.scheduled.tokens_per_second for row in rows], color=colour, label=label_of(run))
+        look = {**_look(run, style), "linestyle": "-"}
+        speed.plot(requests, [row.scheduled.tokens_per_second for row in rows], **look)
         best = [row.fixed[row.best_length].tokens_per_second for row in rows]
-        speed.plot(requests, best, color=colour, linestyle=":", alpha=0.8)
-        gain.plot(requests, [100 * row.gain for row in rows], color=colour, linestyle=_line(place), marker="o")
+        speed.plot(requests, best, color=style.colour, linestyle=":", alpha=0.8)
+        gain.plot(requests, [100 * row.gain for row in rows], color=style.colour, linestyle=style.line, marker="o")
     for axes in (speed, gain):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")
@@ -179,7 +203,7 @@ def _outlook(runs: Sequence[Run]) -> Plot:
         speed.set_yscale("log")
     speed.set_ylabel("tokens a second")
     gain.set_ylabel("gain over the best fixed length (%)")
-    _legend(figure, speed, len(shown))
+    _add_legend(speed)
     labels = sorted({found.outlook.throughput.label for _, found in shown})
     text = (
         "Simulated: verify lengths scheduled by calibrated confidence (solid) against the best fixed length (dotted), "
@@ -214,6 +238,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     return figure, axes
 
@@ -221,19 +246,25 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
 def _draw_lines(
     axes: Axes,
     runs: Sequence[Run],
+    styles: Styles,
     curve: Callable[[Run], tuple[list[float], list[float]]],
     *,
     marker: str | None = None,
 ) -> None:
-    """A line a run, the first in colours, drawn last and so on top."""
-    for place, run in reversed(list(enumerate(runs))):
-        style: dict[str, Any] = {"color": FAINT, "linewidth": 0.8}
-        if place < MAX_NAMED:
-            style = {"color": _colour(place), "linestyle": _line(place), "label": label_of(run)}
-        axes.plot(*curve(run), marker=marker, markersize=4, **style)
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        axes.legend(handles[::-1], labels[::-1], fontsize=8, framealpha=0.7)
+    """A line a run, the first on top, and a legend below."""
+    for place, run in enumerate(runs):
+        style = styles[run.folder]
+        axes.plot(
+            *curve(run), marker=marker, markersize=4, zorder=3 - place / (len(runs) + 1),
+            linewidth=1.5 if style.is_named else 0.8, **_look(run, style),
+        )  # fmt: skip
+    _add_legend(axes)
+
+
+def _look(run: Run, style: Style) -> dict[str, Any]:
+    """What matplotlib needs to draw the run; a faint one is not named."""
+    look: dict[str, Any] = {"color": style.colour, "linestyle": style.line}
+    return look | ({"label": label_of(run)} if style.is_named else {})
 
 
 def _draw_bins(axes: Axes, before: Bins, after: Bins) -> None:
@@ -253,10 +284,11 @@ def _draw_bins(axes: Axes, before: Bins, after: Bins) -> None:
     axes.grid(alpha=0.3)
 
 
-def _legend(figure: Figure, axes: Axes, num_runs: int) -> None:
+def _add_legend(axes: Axes) -> None:
+    """The names of the lines below the whole figure, where they hide none."""
     handles, labels = axes.get_legend_handles_labels()
-    if num_runs:
-        figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
+    if handles:
+        axes.figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
 
 
 def _column(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -271,14 +303,6 @@ def _smooth(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list
     starts = range(0, len(values), width)
     means = [math.fsum(values[start : start + width]) / len(values[start : start + width]) for start in starts]
     return [steps[min(start + width, len(steps)) - 1] for start in starts], means
-
-
-def _colour(place: int) -> str:
-    return COLOURS[place % len(COLOURS)]
-
-
-def _line(place: int) -> str:
-    return LINES[place % len(LINES)]
 
 
 def _plot(key: str, title: str, text: str, runs: Sequence[Run], figure: Figure, *, missing: str) -> Plot:

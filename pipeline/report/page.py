@@ -5,14 +5,17 @@ The page is made anew from the runs each time; deleting it and its folder loses 
 
 import base64
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
-from pipeline.report.compare import Comparison, Difference, describe_seconds, headline
+from pipeline.report.compare import Comparison, headline
 from pipeline.report.figures import Plot, draw_plots
 from pipeline.report.runs import Run, differing_keys
+from pipeline.report.words import describe_seconds, format_bytes, format_difference, format_value
 
 PAGE = "report.html"
 PLOTS = "report"
@@ -39,6 +42,7 @@ def render_page(comparison: Comparison, plots: list[Plot]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["breakable"] = breakable
     keys = differing_keys(comparison.runs)
     return environment.get_template(TEMPLATE).render(
         headline=headline(comparison),
@@ -49,28 +53,9 @@ def render_page(comparison: Comparison, plots: list[Plot]) -> str:
     )
 
 
-def format_difference(difference: Difference | None) -> str:
-    """How far behind the best: mean and interval."""
-    if difference is None:
-        return ""
-    return f"{-difference.mean:+.3f} ({-difference.high:+.3f} to {-difference.low:+.3f})"
-
-
-def format_value(value: Any) -> str:
-    """A config value in few characters."""
-    if value is None:
-        return "default"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def format_bytes(count: int | None) -> str:
-    """Three digits and a unit."""
-    if count is None:
-        return "not at hand"
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"
+def breakable(text: str) -> Markup:
+    """The text, escaped, with places where a long run name may be broken."""
+    return Markup("<wbr>").join(re.split(r"(?<=[,/])", text))
 
 
 def _row(run: Run, comparison: Comparison, keys: list[str]) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from functools import partial
 from rich.console import Console
 
 from pipeline.config import Config
-from pipeline.report.command import print_table
 from pipeline.report.compare import compare_runs
 from pipeline.report.runs import read_runs
+from pipeline.report.table import print_table
 from pipeline.sweep.desk import Desk
 from pipeline.sweep.plan import sweep_section
 from pipeline.sweep.processes import run_parallel

@@ -1,0 +1,50 @@
+"""Numbers of a report in words, the same on the page and in the terminal."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """tau of the best run minus that of another, over the blocks that both have; `low`, `high`: 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+def format_difference(difference: Difference | None) -> str:
+    """How far behind the best: mean and interval."""
+    if difference is None:
+        return ""
+    return f"{-difference.mean:+.3f} ({-difference.high:+.3f} to {-difference.low:+.3f})"
+
+
+def format_value(value: Any) -> str:
+    """A config value in few characters."""
+    if value is None:
+        return "default"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def format_bytes(count: int | None) -> str:
+    """Three digits and a unit."""
+    if count is None:
+        return "not at hand"
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def describe_seconds(seconds: float) -> str:
+    """Seconds, minutes or hours, three digits."""
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
