@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -196,19 +197,28 @@ def test_a_killed_sweep_continues_the_same_trial_in_its_folder(cached: Path, tmp
     assert_same_runs(tmp_path / "whole" / "run", run_dir)
 
 
-def test_a_sweep_that_is_asked_to_stop_puts_its_trial_back(cached: Path, tmp_path: Path) -> None:
-    file = write_sweep(
-        cached, tmp_path, '[sweep.grid]\n"train.seed" = [0, 1]', train__max_steps=3000, train__epochs=750
-    )
-    process = start(file, tmp_path / "output.txt")
-    wait_for(lambda: last_step(tmp_path / "run" / "seed=0") >= 2, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
-    assert "0 of 2 trials have ended: 0 complete; stopped, the same command" in (tmp_path / "output.txt").read_text()
+def test_a_sweep_that_is_asked_to_stop_puts_its_trial_back(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0, 1]')
+    original = Stepper.step
+
+    def step(self: Stepper, *arguments: Any, **named: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return original(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", step)
+        stopped = run(file)
+    assert stopped.exit_code == 0
+    assert "0 of 2 trials have ended: 0 complete; stopped, the same command" in stopped.output
     assert states(tmp_path / "run") == [TrialState.WAITING]
     found = find_checkpoint(tmp_path / "run" / "seed=0" / "checkpoints")
     assert found is not None
-    assert found[1].step == last_step(tmp_path / "run" / "seed=0")
+    assert found[1].step == 1
+    finished = run(file)
+    assert "continuing behind step 1 of 4" in finished.output
+    assert "2 of 2 trials have ended: 2 complete" in finished.output
 
 
 def test_a_hopeless_trial_is_pruned_and_can_be_finished_by_hand(cached: Path, tmp_path: Path) -> None:
@@ -320,14 +330,25 @@ def test_workers_stop_with_the_process_that_minds_them(cached: Path, tmp_path: P
 
 
 def test_two_commands_at_once_share_the_trials(cached: Path, tmp_path: Path) -> None:
-    file = write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0, 1, 2, 3]', train__max_steps=20)
-    processes = [start(file, tmp_path / f"{name}.txt") for name in ("left", "right")]
-    assert [process.wait(PATIENCE_SECONDS) for process in processes] == [0, 0]
-    texts = [(tmp_path / f"{name}.txt").read_text() for name in ("left", "right")]
-    begun = sorted(int(number) for text in texts for number in re.findall(r"^trial (\d) of 4: ", text, re.MULTILINE))
-    assert begun == [1, 2, 3, 4]
-    assert all("4 of 4 trials have ended: 4 complete" in text for text in texts)
-    assert all(re.search(r"^trial \d of 4: ", text, re.MULTILINE) for text in texts)
+    """The first is held up in its first trial until the second has trained the others, and waits for it."""
+    file = write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0, 1, 2]', train__max_steps=30)
+    first = start(file, tmp_path / "first.txt")
+    wait_for(lambda: last_step(tmp_path / "run" / "seed=0") >= 1, first)
+    first.send_signal(signal.SIGSTOP)
+
+    def go_on() -> None:
+        wait_for((tmp_path / "run" / "seed=2" / "evaluation.json").is_file)
+        first.send_signal(signal.SIGCONT)
+
+    helper = threading.Thread(target=go_on)
+    helper.start()
+    second = run(file)
+    helper.join()
+    assert first.wait(PATIENCE_SECONDS) == 0
+    texts = [(tmp_path / "first.txt").read_text(), second.output]
+    assert [re.findall(r"trial (\d) of 3: ", text) for text in texts] == [["1"], ["2", "3"]]
+    assert all("3 of 3 trials have ended: 3 complete" in text for text in texts)
+    assert "waiting for those that other processes train" in second.output
 
 
 def test_the_ranks_of_one_job_take_every_trial_together(cached: Path, tmp_path: Path) -> None:

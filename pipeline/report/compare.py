@@ -104,8 +104,8 @@ def headline(comparison: Comparison) -> str:
         )
     behind = comparison.differences[str(choice.folder)]
     return (
-        f"Ship {choice.name}: {_describe_tau(choice)}, {cheapest}. The highest tau has {best.name}, by {behind.mean:.3f}, "
-        f"which is not beyond chance (paired difference {behind.low:.3f} to {behind.high:.3f})."
+        f"Ship {choice.name}: {_describe_tau(choice)}, {cheapest}. The highest tau has {best.name}, by "
+        f"{behind.mean:.3f}, which is not beyond chance (paired difference {behind.low:.3f} to {behind.high:.3f})."
     )
 
 
