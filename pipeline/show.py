@@ -120,13 +120,13 @@ def _add_scheduling(table: Table, scheduling: Scheduling) -> None:
         f"AUC {_auc(before.auc)} -> {_auc(after.auc)}; fitted on {calibration.num_fitted_samples:,} conversations, "
         f"measured on {calibration.num_measured_samples:,} others",
     )
-    table.add_row("outlook", f"{outlook.throughput.label}, the same others")
+    table.add_row("outlook", f"{outlook.throughput.label}, on those others")
     for row in outlook.concurrencies:
         if row.num_requests in SHOWN_CONCURRENCIES:
-            scheduled, best = row.scheduled.tokens_per_second, row.fixed[row.best_length].tokens_per_second
+            fixed = f"best fixed length {row.best_length}: {row.fixed[row.best_length].tokens_per_second:,.0f}"
             table.add_row(
                 f"{row.num_requests} request" + "s" * (row.num_requests > 1),
-                f"scheduled {scheduled:,.0f} tokens/s, fixed length {row.best_length} {best:,.0f} ({row.gain:+.1%})",
+                f"scheduled {row.scheduled.tokens_per_second:,.0f} tokens/s, {fixed} ({row.gain:+.1%})",
             )
 
 
