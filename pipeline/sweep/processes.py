@@ -59,8 +59,9 @@ def run_parallel(config: Config, *, say: Callable[[str], None]) -> bool:
                     _ask_to_stop(running)
         finally:
             _ask_to_stop([worker for worker in workers if worker.is_alive()])
-    broken = [worker for worker in workers if worker.exitcode not in (0, STOPPED_STATUS)]
-    if broken:
+    # SIGTERM also ends a worker that has not begun to listen to it.
+    broken = [worker for worker in workers if worker.exitcode not in (0, STOPPED_STATUS, -signal.SIGTERM)]
+    if broken and stop.asked_by is None:
         states = ", ".join(f"{worker.name}: status {worker.exitcode}" for worker in broken)
         raise WorkerError(
             f"the sweep has ended since a process of it failed ({states}); what it printed, or the log.txt of its "
