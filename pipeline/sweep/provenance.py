@@ -27,7 +27,7 @@ def describe_origin(config: Config, reader: CacheReader) -> dict[str, Any]:
     versions  of Python and the packages that decide numbers
     """
     return {
-        "cache": {"path": str(reader.path), **describe_cache(reader)},
+        "cache": {"path": str(reader.place), **describe_cache(reader)},
         "order": _digest_first_epoch(config, reader),
         "revision": find_revision(),
         "versions": find_versions(),
