@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from stages.train import distances as distances_module
 from stages.train import fused as fused_module
 from stages.train.anchors import choose_anchors
 from stages.train.attention import BlockRanges, DenseAttention, FlexAttention, GroupedAttention, plan_tiles
+from stages.train.compiled import compiled
 from stages.train.distances import Asked, Blocks, measure_distances
 
 HEADS: list[dict[str, Any]] = [
@@ -312,3 +313,30 @@ def test_tiles_hold_every_pair_that_meets(
     if len(mask) > size:
         assert listed["full"], "a long context has tiles that all see"
         assert len(listed["partial"]) + len(listed["full"]) < -(-mask.shape[0] // size) * -(-mask.shape[1] // size)
+
+
+def test_what_the_compiler_cannot_do_runs_uncompiled(caplog: pytest.LogCaptureFixture) -> None:
+    calls = []
+
+    def fail(*_: object) -> NoReturn:
+        calls.append(1)
+        raise RuntimeError("no code for this machine")
+
+    def double(values: torch.Tensor) -> torch.Tensor:
+        return 2 * values
+
+    fused = compiled(double, backend=fail)
+    for _ in range(2):
+        torch.testing.assert_close(fused(torch.ones(3)), torch.full((3,), 2.0))
+    assert len(calls) == 1
+    assert [record.levelname for record in caplog.records if record.name.startswith("stages")] == ["WARNING"]
+    assert "double cannot be compiled here" in caplog.text
+    assert "no code for this machine" in caplog.text
+
+
+def test_what_a_compiled_function_raises_itself_comes_through() -> None:
+    def fail(values: torch.Tensor) -> torch.Tensor:
+        raise ValueError(f"{len(values)} values are too many")
+
+    with pytest.raises(ValueError, match="2 values are too many"):
+        compiled(fail, backend="eager")(torch.ones(2))
