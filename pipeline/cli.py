@@ -17,6 +17,7 @@ from pipeline import show
 from pipeline.config import Config, ConfigError, load_config, to_toml
 from stages.extract.settings import CacheSection
 from stages.extract.share import ALONE, Share
+from stages.text_files import replace_text
 from storage import CacheError
 from storage.remote import is_remote
 
@@ -192,7 +193,7 @@ def verify(
     finally:  # the report is of use also where the cache cannot be repaired
         fields = show.report_to_json(report, repaired)
         if report_file is not None:
-            _write_json(report_file, fields)
+            replace_text(report_file, json.dumps(fields, indent=2) + "\n")
         if as_json:
             click.echo(json.dumps(fields, indent=2))
         else:
@@ -308,16 +309,6 @@ def _cache_section(config: Path | str, overrides: tuple[str, ...]) -> CacheSecti
     return CacheSection(path=config)
 
 
-def _write_json(file: Path, fields: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    temp = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temp.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        temp.replace(file)
-    finally:
-        temp.unlink(missing_ok=True)
-
-
 def _extract(settings: Config, *, share: Share = ALONE) -> None:
     from pipeline import stage_one
 
@@ -347,10 +338,6 @@ def _train(settings: Config, *, ranks: "Ranks", profiled: bool = False) -> bool:
     from pipeline import stage_two
 
     run_dir = settings.train.run_dir
-    # A refused resume must not overwrite what the run was made from.
-    if ranks.is_first and not (run_dir / "checkpoints").exists():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.toml").write_text(to_toml(settings), encoding="utf-8")
     result = stage_two.train_draft(settings, profiled=profiled, ranks=ranks)
     if result.was_stopped or not ranks.is_first:
         return not result.was_stopped

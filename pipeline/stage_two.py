@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from pipeline.config import Config
+from pipeline.config import Config, to_toml
 from pipeline.stage_one import settings_of
 from stages.device import choose_device
-from stages.errors import SettingError
+from stages.errors import SettingError, StageError
 from stages.evaluate.cached import CacheEvaluation, evaluate_scores
 from stages.extract.import_run import UNKNOWN_FIELDS, describe_imported
 from stages.extract.run import Settings, configured_identity, describe_inputs, read_plan
 from stages.extract.settings import CacheSection
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
+from stages.train.anchors import anchor_candidates
 from stages.train.batches import EMPTY_BATCH, gather_batch, plan_batches
 from stages.train.checkpoint import save_draft
 from stages.train.interrupt import StopRequest, stop_on_signals
@@ -34,6 +35,10 @@ from stages.train.warm_start import COMPARED_ROWS, same_rows
 from storage import CacheIdentity, CacheReader, check_identity
 
 logger = logging.getLogger(__name__)
+
+
+class NonFiniteScoreError(StageError, ArithmeticError):
+    """A draft cannot be measured: what it says of a sample is NaN or infinite."""
 
 
 def open_cache(config: Config, *, layers: tuple[int, ...] | None) -> CacheReader:
@@ -124,19 +129,33 @@ def _train_draft(config: Config, *, stop: StopRequest, profiled: bool, ranks: Ra
     def validate(module: DSparkTrainerModule) -> dict[str, Any]:
         return _score_split(config, module, reader=reader, ranks=ranks, stop=stop).to_json()
 
-    has_validation = len(reader.split_indices("validation")) > 0
-    if not has_validation:
-        logger.warning("the cache has no validation split, so nothing will be measured; see data.validation_fraction")
+    has_validation = _can_measure(config, reader)
     return train(
         reader=reader,
         draft=config.draft,
         objective=config.objective,
         train=config.train,
         validate=validate if has_validation else None,
+        config_text=to_toml(config),
         stop=stop,
         profiled=profiled,
         ranks=ranks,
     )
+
+
+def _can_measure(config: Config, reader: CacheReader) -> bool:
+    """Whether the validation split has anything to score; warns if not."""
+    if not len(reader.split_indices("validation")):
+        logger.warning("the cache has no validation split, so nothing will be measured; see data.validation_fraction")
+        return False
+    indices = evaluated_indices(config, reader)
+    if any(len(anchor_candidates(reader.read_tokens(index)[1])) for index in indices):
+        return True
+    logger.warning(
+        f"none of the {len(indices)} validation samples has two supervised tokens in a row, so nothing will be "
+        "measured; see data.validation_fraction, and evaluate.max_samples"
+    )
+    return False
 
 
 def evaluate_draft(config: Config, *, draft_dir: Path) -> CacheEvaluation:
@@ -219,8 +238,18 @@ def _iterate_scores(
         with compute_dtype(ranks.device, config.train.dtype):
             scores = module.score(**gather_batch(reader, batch, device=ranks.device))
         for sample_id in batch.sample_ids:  # one, or none in an empty batch
-            yield sample_id, _to_cpu(scores)
+            yield sample_id, _checked(_to_cpu(scores), sample_id=sample_id)
     module.train(was_training)
+
+
+def _checked(scores: SlotScores, *, sample_id: int) -> SlotScores:
+    """The scores, if they are numbers. Raises NonFiniteScoreError."""
+    if not bool(scores.cross_entropy.isfinite().all()):
+        raise NonFiniteScoreError(
+            f"sample {sample_id}: the draft's cross-entropy is NaN or infinite; its weights are broken, or the cached "
+            "states are: see grad_norm in metrics.jsonl, lower train.lr in a new train.run_dir, or run dspark verify"
+        )
+    return scores
 
 
 def _to_cpu(scores: SlotScores) -> SlotScores:

@@ -340,3 +340,42 @@ def test_what_a_compiled_function_raises_itself_comes_through() -> None:
 
     with pytest.raises(ValueError, match="2 values are too many"):
         compiled(fail, backend="eager")(torch.ones(2))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_anchors_may_come_in_any_order(head: dict[str, Any]) -> None:
+    model = tiny_model(tiny_config(**head)).double()
+    rows = [[make_document(12, seed=1), make_document(9, seed=2)], [make_document(20, seed=3)]]
+    batch = pack(rows, [[[0, 4, 9], [2, 5]], [[1, 7, 8, 15]]])
+    batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    shuffled = batch["anchor_positions"][:, torch.randperm(batch["anchor_positions"].shape[1])]
+    expected = DSparkTrainerModule(model, is_plain=True)(**batch)
+    for is_plain in (False, True):
+        module = DSparkTrainerModule(model, is_plain=is_plain)
+        result = module(**{**batch, "anchor_positions": shuffled})
+        torch.testing.assert_close(result.loss_num, expected.loss_num)
+        torch.testing.assert_close(result.tau_num, expected.tau_num)
+
+
+def test_scores_compute_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    original = fused_module._run_chunks
+
+    def run_chunks(*args: Any, **kwargs: Any) -> None:
+        asked.append(kwargs["gradients"])
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(fused_module, "_run_chunks", run_chunks)
+    batch = pack([[make_document(12, seed=1)]], [[[0, 4, 9]]])
+    module = DSparkTrainerModule(tiny_model())
+    module.score(**batch)
+    assert asked == [None]
+    module(**batch)
+    assert asked[1] is not None
+
+
+def test_a_tiny_gamma_trains_the_first_slot_alone() -> None:
+    batch = pack([[make_document(12, seed=1, loss_mask=[1] * 12)]], [[[0, 4]]])
+    metrics = DSparkTrainerModule(tiny_model(), loss_decay_gamma=1e-46)(**batch)
+    assert metrics.loss_den == 2
+    assert metrics.loss.isfinite()

@@ -82,7 +82,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `state.step` atomically and delete all but the last `keep_last`. All ranks call it.
 
-    Raises CheckpointError when the disk is full or refuses; the checkpoints before it are then still there.
+    Raises CheckpointError when the disk is full or refuses, and for weights that are not finite; the checkpoints before
+    it are then still there.
     """
     final = checkpoints / f"step_{state.step:08d}"
     partial = checkpoints / f".{final.name}.{os.getpid()}.partial"
@@ -90,6 +91,7 @@ def save_checkpoint(
     moments = _optimizer_tensors(draft_model, optimizer, ranks=ranks)
     if not ranks.is_first:
         return final
+    _check_finite(weights, where=final)
     with write_errors(final):
         checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in checkpoints.glob(".step_*.partial"):
@@ -110,12 +112,13 @@ def save_checkpoint(
 def save_draft(folder: Path, *, draft_model: Qwen3DSparkModel, dtype: torch.dtype, ranks: Ranks = ALONE) -> None:
     """Write the draft as servers load it, its weights in `dtype`; whole or not at all. The model is not cast.
 
-    All ranks call it. Raises CheckpointError when the disk is full or refuses.
+    All ranks call it. Raises CheckpointError when the disk is full or refuses, and for weights that are not finite.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     weights = _whole_weights(draft_model, dtype=dtype, ranks=ranks)
     if not ranks.is_first:
         return
+    _check_finite(weights, where=folder)
     with write_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
         with _publishing(partial, folder):
@@ -214,6 +217,17 @@ def _whole_weights(draft_model: Qwen3DSparkModel, *, dtype: torch.dtype, ranks: 
     """The model's tensors by name, on rank 0's CPU; nothing on the other ranks."""
     tensors = draft_model.state_dict().items()
     return _collect(tensors, convert=lambda tensor: tensor.to("cpu", dtype), ranks=ranks)
+
+
+def _check_finite(weights: dict[str, torch.Tensor], *, where: Path) -> None:
+    """Keep broken weights from taking the place of whole ones. Raises CheckpointError."""
+    broken = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        dtype = next(iter(weights.values())).dtype
+        raise CheckpointError(
+            f"{where}: not written: {broken[0]} and {len(broken) - 1} other tensors are not finite in {dtype}; lower "
+            "train.lr or raise train.warmup_fraction in a new train.run_dir, or, of an export, choose another dtype"
+        )
 
 
 def _optimizer_tensors(
