@@ -146,4 +146,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         logger.warning("the model card says nothing of %s: %s", file, error)
         return None
-    return fields if isinstance(fields, dict) else None
+    if not isinstance(fields, dict):
+        logger.warning("the model card says nothing of %s: expected a JSON object", file)
+        return None
+    return fields
