@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -207,7 +208,7 @@ def _acceptance(held_out: HeldOut | None) -> str:
 
 def _serving(draft: ExportedDraft) -> str:
     """A command for each server. None of them was run with this draft; what they are taken from is said."""
-    target = "TARGET" if draft.target is None else _target_title(draft.target)
+    target = "TARGET" if draft.target is None else shlex.quote(_target_title(draft.target))
     size, folder = draft.config.block_size, f"./{draft.name}"
     speculative = json.dumps({"method": "dspark", "model": folder, "num_speculative_tokens": size})
     parts = [
@@ -217,7 +218,7 @@ def _serving(draft: ExportedDraft) -> str:
         "vLLM"
         if draft.form == "dspark"
         else "vLLM (v0.26 and before ignored this form's `sample_from_anchor`: not those)",
-        _code(f"vllm serve {target} --speculative-config '{speculative}'"),
+        _code(f"vllm serve {target} --speculative-config {shlex.quote(speculative)}"),
     ]
     if draft.form == "speculators":
         parts.append(
@@ -234,7 +235,7 @@ def _other_servers(target: str, folder: str, size: int) -> list[str]:
         _code(
             f"""
             python3 -m sglang.launch_server --model-path {target} --speculative-algorithm DSPARK \\
-                --speculative-draft-model-path {folder} --speculative-dspark-block-size {size}
+                --speculative-draft-model-path {shlex.quote(folder)} --speculative-dspark-block-size {size}
             """
         ),
         f"TensorRT-LLM: `trtllm-serve {target} --config dspark.yaml`, with `dspark.yaml`",
@@ -242,7 +243,7 @@ def _other_servers(target: str, folder: str, size: int) -> list[str]:
             f"""
             speculative_config:
               decoding_type: DSpark
-              speculative_model: {folder}
+              speculative_model: {json.dumps(folder)}
               max_draft_len: {size}
             """
         ),

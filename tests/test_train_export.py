@@ -304,9 +304,9 @@ def no_gate(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "no draft here"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no draft here"),
-    "config cut": (lambda folder: (folder / "config.json").write_text('{"a'), r"config\.json: cannot be read"),
+    "config cut": (lambda folder: (folder / "config.json").write_text('{"a'), r"as a draft: config\.json"),
     "weights cut": (
-        lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"), r"model\.safetensors: cannot be read",
+        lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"), r"as a draft: model\.safetensors",
     ),
     "head gone": (drop("lm_head.weight"), r"lacks the target's lm_head\.weight"),
     "tensor gone": (drop("fc.weight"), r"its weights have no fc\.weight"),

@@ -52,7 +52,7 @@ def _is_speculators_form(folder: Path) -> bool:
     try:
         fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SettingError(f"{folder}/{CONFIG_FILE}: cannot be read: {error}") from error
+        raise SettingError(f"{folder}: cannot be read as a draft: {CONFIG_FILE}: {error}") from error
     return isinstance(fields, dict) and "speculators_model_type" in fields
 
 
@@ -61,4 +61,4 @@ def _tensor_names(folder: Path) -> set[str]:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
             return set(weights.keys())
     except (OSError, SafetensorError) as error:
-        raise SettingError(f"{folder}/{WEIGHTS_FILE}: cannot be read: {error}") from error
+        raise SettingError(f"{folder}: cannot be read as a draft: {WEIGHTS_FILE}: {error}") from error
