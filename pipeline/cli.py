@@ -22,6 +22,7 @@ from storage import CacheError
 from storage.remote import is_remote
 
 if TYPE_CHECKING:
+    from stages.train.export import Form
     from stages.train.parallel import Ranks
 
 DEFAULT_CONFIG = Path("configs/embedded.toml")
@@ -279,12 +280,19 @@ def sweep(config: Path, overrides: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["dspark", "speculators"]), default="dspark", help="The layout.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16")
-def export(checkpoint: Path, out: Path, dtype: str) -> None:
-    """Write a checkpoint as a draft folder that servers load: config.json and model.safetensors."""
-    from pipeline import stage_two
+@click.option(
+    "--with-target-weights/--without-target-weights", default=True, help="The target's embedding and head, too."
+)
+@click.option("--target", metavar="NAME", help="Hub id or path that servers load. Default: target.model of the run.")
+def export(
+    checkpoint: Path, out: Path, form: "Form", dtype: str, with_target_weights: bool, target: str | None
+) -> None:
+    """Write a run's draft or checkpoint to the new folder OUT, as servers load it, with a model card."""
+    from pipeline.export import export_draft
 
-    stage_two.export_draft(checkpoint, out, dtype=dtype)
+    export_draft(checkpoint, out, form=form, dtype=dtype, with_target_weights=with_target_weights, target=target)
     console.print(f"draft: {out}", markup=False)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import safe_open
 
 from pipeline.config import Config, to_toml
@@ -25,7 +24,7 @@ from stages.extract.settings import CacheSection
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
 from stages.train.anchors import anchor_candidates
 from stages.train.batches import EMPTY_BATCH, gather_batch, plan_batches
-from stages.train.checkpoint import save_draft
+from stages.train.draft_folder import read_draft
 from stages.train.interrupt import StopRequest, stop_on_signals
 from stages.train.loop import compute_dtype
 from stages.train.module import SlotScores
@@ -160,9 +159,7 @@ def _can_measure(config: Config, reader: CacheReader) -> bool:
 
 def evaluate_draft(config: Config, *, draft_dir: Path) -> CacheEvaluation:
     """Score the draft in `draft_dir`, as servers would load it, on the validation split."""
-    if not (draft_dir / "config.json").is_file():
-        raise SettingError(f"{draft_dir}: no draft here; train one first, or name its folder with --draft")
-    model = Qwen3DSparkModel.from_pretrained(draft_dir, dtype=torch.float32)
+    model = read_draft(draft_dir)
     reader = open_cache(config, layers=tuple(model.config.target_layer_ids))
     _check_same_target(model, reader, draft_dir=draft_dir)
     reader.plan_reads(evaluated_indices(config, reader))
@@ -182,16 +179,6 @@ def _check_same_target(model: Qwen3DSparkModel, reader: CacheReader, *, draft_di
                 f"{draft_dir}: this draft was trained for another target than that of {reader.path}: their "
                 "embeddings differ; evaluate it on the cache that it was trained from"
             )
-
-
-def export_draft(checkpoint: Path, out: Path, *, dtype: str) -> None:
-    """Write the draft in `checkpoint` to `out` as servers load it. Raises SettingError."""
-    if not (checkpoint / "config.json").is_file():
-        raise SettingError(f"{checkpoint}: no draft here; name a run's draft/ or one of its checkpoints/")
-    if out.exists():
-        raise SettingError(f"{out}: exists already; name a new folder")
-    model = Qwen3DSparkModel.from_pretrained(checkpoint, dtype=torch.float32)
-    save_draft(out, draft_model=model, dtype=getattr(torch, dtype))
 
 
 def evaluated_indices(config: Config, reader: CacheReader) -> np.ndarray:

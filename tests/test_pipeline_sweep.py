@@ -64,5 +64,5 @@ def test_a_sweep_trains_evaluates_and_compares_once(tmp_path: Path) -> None:
     out = tmp_path / "exported"
     exported = runner.invoke(main, ["export", str(folders[1] / "checkpoints" / "step_00000002"), str(out)])
     assert exported.exit_code == 0
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert "exists already" in runner.invoke(main, ["export", str(folders[1] / "draft"), str(out)]).output

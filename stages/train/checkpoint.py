@@ -96,7 +96,7 @@ def save_checkpoint(
         checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in checkpoints.glob(".step_*.partial"):
             shutil.rmtree(leftover)
-        with _publishing(partial, final):
+        with publishing(partial, final):
             _save_weights(partial, draft_model=draft_model, weights=weights)
             save_file(moments, partial / OPTIMIZER_FILE)
             files = {file.name: describe_file(file).model_dump() for file in sorted(partial.iterdir())}
@@ -121,7 +121,7 @@ def save_draft(folder: Path, *, draft_model: Qwen3DSparkModel, dtype: torch.dtyp
     _check_finite(weights, where=folder)
     with write_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
-        with _publishing(partial, folder):
+        with publishing(partial, folder):
             _save_weights(partial, draft_model=draft_model, weights=weights)
 
 
@@ -296,7 +296,7 @@ def check_folder(path: Path) -> None:
 
 
 @contextmanager
-def _publishing(partial: Path, final: Path) -> Iterator[None]:
+def publishing(partial: Path, final: Path) -> Iterator[None]:
     """Sync the folder that the body fills and give it its name, in one rename; remove it on any error."""
     try:
         yield

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import Qwen3Config
 
 from stages.errors import SettingError
+from stages.train.draft_folder import TARGET_TENSORS, WEIGHTS_FILE, check_draft_folder
 from stages.train.model import Qwen3DSparkModel
 
 CONFIDENCE_WEIGHT = "confidence_head.proj.weight"
-TARGET_TENSORS = ("embed_tokens.weight", "lm_head.weight")
 # Fields that no tensor's shape shows, and without which the weights mean something else.
 COMPARED_FIELDS = ("target_layer_ids", "mask_token_id", "rope_parameters", "num_attention_heads", "head_dim")
 COMPARED_ROWS = 256  # of the embeddings of draft and target; no two trained targets share so many
@@ -113,10 +113,8 @@ def _kept(fresh: list[str]) -> set[str]:
 
 
 def _weights_file(folder: Path) -> Path:
-    file = folder / "model.safetensors"
-    if not file.is_file() or not (folder / "config.json").is_file():
-        raise SettingError(
-            f"draft.init_from: {folder}: no draft here; expected config.json and model.safetensors, as in a run's "
-            "draft/ or one of its checkpoints/"
-        )
-    return file
+    try:
+        check_draft_folder(folder)
+    except SettingError as error:
+        raise SettingError(f"draft.init_from: {error}") from error
+    return folder / WEIGHTS_FILE
