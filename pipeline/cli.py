@@ -293,7 +293,7 @@ def export(
     from pipeline.export import export_draft
 
     export_draft(checkpoint, out, form=form, dtype=dtype, with_target_weights=with_target_weights, target=target)
-    console.print(f"draft: {out}", markup=False)
+    console.print(f"draft: {out} ({form}, {dtype})", markup=False)
 
 
 @main.command()

@@ -297,10 +297,14 @@ def check_folder(path: Path) -> None:
 
 @contextmanager
 def publishing(partial: Path, final: Path) -> Iterator[None]:
-    """Sync the folder that the body fills and give it its name, in one rename; remove it on any error."""
+    """Sync the folder that the body fills and give it its name, in one rename; remove it on any error.
+
+    Whoever may read the folder may read its files.
+    """
     try:
         yield
         for file in partial.iterdir():
+            file.chmod(partial.stat().st_mode & 0o666)  # safetensors writes for the owner alone
             _fsync(file)
         _fsync(partial)
         if final.exists():

@@ -40,6 +40,8 @@ class PlannedStep:
     step: int
     epoch: int
     indices: np.ndarray
+    order: str = ""
+    """Digest of the epoch's order: two runs with the same one see the same samples in the same steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

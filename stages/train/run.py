@@ -224,6 +224,7 @@ def describe_inputs(
         model["init_from"] = f"sha256 {digest_draft(draft.init_from)}"
     knobs = {key: value for key, value in train.model_dump(mode="json").items() if key not in FREE_TRAIN_KEYS}
     return {
+        "cache.identity": reader.identity.digest(),
         **{f"cache.{key}": value for key, value in reader.identity.model_dump(mode="json").items()},
         "cache.plan": reader.manifest.plan_digest,
         **{f"draft.{key}": value for key, value in model.items()},

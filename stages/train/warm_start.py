@@ -6,6 +6,7 @@ other difference is an error, since a draft with half of its weights from somewh
 
 import hashlib
 import logging
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def load_initial_weights(model: Qwen3DSparkModel, folder: Path) -> list[str]:
     own = model.state_dict()
     for name, tensor in taken.items():
         own[name].copy_(tensor)
-    logger.info("weights from %s: %d tensors; fresh: %s", folder, len(taken), ", ".join(fresh) if fresh else "none")
+    logger.info("weights from %s: %d tensors; fresh: %s", folder, len(taken), _summarize(fresh))
     return fresh
 
 
@@ -89,10 +90,16 @@ def _compare(model: Qwen3DSparkModel, config: Qwen3Config, shapes: dict[str, lis
             continue
         if name not in TARGET_TENSORS and _may_start_fresh(name, config, shapes):
             fresh.append(name)
-        else:
+        elif shapes.get(name) != shape:
             problems.append(f"  {name}: it has {shapes.get(name, 'none')}, this draft {shape}")
     problems.extend(f"  {name}: it has {shapes[name]}, this draft none" for name in shapes if name not in own)
     return fresh, problems
+
+
+def _summarize(names: list[str]) -> str:
+    """Tensors of a layer as one."""
+    parts = Counter(".".join(name.split(".")[:2]) if name.startswith("layers.") else name for name in names)
+    return ", ".join(part if count == 1 else f"{part} ({count} tensors)" for part, count in parts.items()) or "none"
 
 
 def _may_start_fresh(name: str, config: Qwen3Config, shapes: dict[str, list[int]]) -> bool:
