@@ -361,7 +361,7 @@ def _evaluate(settings: Config, *, draft: Path | None = None) -> None:
     draft_dir = draft or settings.train.run_dir / "draft"
     evaluation = stage_two.evaluate_draft(settings, draft_dir=draft_dir)
     file = (draft_dir.parent if draft is None else draft) / "evaluation.json"
-    file.write_text(json.dumps(evaluation.to_json(), indent=2), encoding="utf-8")
+    stage_two.save_evaluation(evaluation, file=file, draft_dir=draft_dir)
     with stage_two.open_reader(settings.cache) as reader:
         show.evaluation(console, evaluation, draft_dir=draft_dir, file=file, cache=reader)
 

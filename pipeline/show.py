@@ -15,12 +15,13 @@ from rich.text import Text
 
 from pipeline.inspection import Histogram, Inspection, StateSample
 from stages.errors import SettingError
-from stages.evaluate.cached import CacheEvaluation
+from stages.evaluate.evaluation import Evaluation, Scheduling
 from stages.extract.price import Price
 from stages.extract.run import ExtractResult
 from stages.extract.samples import SampleCounts
 from storage import ENCODINGS, CacheReader, RepairReport, TransferResult, VerifyReport
 
+SHOWN_CONCURRENCIES = (1, 32, 256)
 _LEFT: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
 
 
@@ -93,9 +94,7 @@ def transfer(console: Console, result: TransferResult, *, source: str | Path, de
     )
 
 
-def evaluation(
-    console: Console, evaluation: CacheEvaluation, *, draft_dir: Path, file: Path, cache: CacheReader
-) -> None:
+def evaluation(console: Console, evaluation: Evaluation, *, draft_dir: Path, file: Path, cache: CacheReader) -> None:
     """What a draft reached on the held-out split."""
     table = _table("held-out acceptance, measured from the cache")
     table.add_row("tau", f"{evaluation.tau:.3f}  (95 % interval {evaluation.tau_low:.3f} to {evaluation.tau_high:.3f})")
@@ -104,11 +103,37 @@ def evaluation(
     table.add_row("cross-entropy", f"{evaluation.cross_entropy:.3f} nats")
     if evaluation.confidence_ece is not None:
         table.add_row("confidence ECE", f"{evaluation.confidence_ece:.3f}")
+    if evaluation.scheduling is not None:
+        _add_scheduling(table, evaluation.scheduling)
     table.add_row("measured on", f"{evaluation.num_samples:,} conversations, {evaluation.num_blocks:,} blocks")
     table.add_row("cache", f"{cache.place}, {cache.manifest.header.token_bytes:,} bytes a token")
     table.add_row("draft", str(draft_dir))
     table.add_row("numbers", str(file))
     console.print(table)
+
+
+def _add_scheduling(table: Table, scheduling: Scheduling) -> None:
+    """Calibration before and after, and what scheduling by it would yield at a few concurrencies."""
+    calibration, outlook = scheduling.calibration, scheduling.outlook
+    before, after = calibration.before, calibration.after
+    table.add_row(
+        "calibration",
+        f"ECE {before.ece:.3f} -> {after.ece:.3f}, of prefixes {before.survival_ece:.3f} -> {after.survival_ece:.3f}, "
+        f"AUC {_auc(before.auc)} -> {_auc(after.auc)}; fitted on {calibration.num_fitted_samples:,} conversations, "
+        f"measured on {calibration.num_measured_samples:,} others",
+    )
+    table.add_row("outlook", f"{outlook.throughput.label}, on those others")
+    for row in outlook.concurrencies:
+        if row.num_requests in SHOWN_CONCURRENCIES:
+            fixed = f"best fixed length {row.best_length}: {row.fixed[row.best_length].tokens_per_second:,.0f}"
+            table.add_row(
+                f"{row.num_requests} request" + "s" * (row.num_requests > 1),
+                f"scheduled {row.scheduled.tokens_per_second:,.0f} tokens/s, {fixed} ({row.gain:+.1%})",
+            )
+
+
+def _auc(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
 
 
 @contextmanager

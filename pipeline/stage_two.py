@@ -17,7 +17,10 @@ from pipeline.config import Config, to_toml
 from pipeline.stage_one import settings_of
 from stages.device import choose_device
 from stages.errors import SettingError, StageError
-from stages.evaluate.cached import CacheEvaluation, evaluate_scores
+from stages.evaluate.cached import evaluate_scores
+from stages.evaluate.calibration import Origin, write_calibration
+from stages.evaluate.evaluation import Evaluation, evaluate_fully, write_evaluation
+from stages.evaluate.throughput import read_throughput_table
 from stages.extract.import_run import UNKNOWN_FIELDS, describe_imported
 from stages.extract.run import Settings, configured_identity, describe_inputs, read_plan
 from stages.extract.settings import CacheSection
@@ -126,7 +129,9 @@ def _train_draft(config: Config, *, stop: StopRequest, profiled: bool, ranks: Ra
     reader = open_cache(config, layers=config.draft.target_layer_ids)
 
     def validate(module: DSparkTrainerModule) -> dict[str, Any]:
-        return _score_split(config, module, reader=reader, ranks=ranks, stop=stop).to_json()
+        scores = _score_split(config, module, reader=reader, ranks=ranks, stop=stop)
+        block_size = module.draft_model.config.block_size
+        return ranks.on_first(lambda: evaluate_scores(scores, block_size=block_size)).to_json()
 
     has_validation = _can_measure(config, reader)
     return train(
@@ -157,15 +162,28 @@ def _can_measure(config: Config, reader: CacheReader) -> bool:
     return False
 
 
-def evaluate_draft(config: Config, *, draft_dir: Path) -> CacheEvaluation:
+def evaluate_draft(config: Config, *, draft_dir: Path) -> Evaluation:
     """Score the draft in `draft_dir`, as servers would load it, on the validation split."""
     model = read_draft(draft_dir)
+    _check_same_target(model, open_reader(config.cache), draft_dir=draft_dir)
     reader = open_cache(config, layers=tuple(model.config.target_layer_ids))
-    _check_same_target(model, reader, draft_dir=draft_dir)
+    block_size = int(model.config.block_size)
+    table = read_throughput_table(config.evaluate.throughput_table, least_tokens=1 + block_size)
     reader.plan_reads(evaluated_indices(config, reader))
     ranks = Ranks(device=choose_device(config.train.device))
     module = DSparkTrainerModule(model.to(ranks.device), **objective_arguments(config.objective))
-    return _score_split(config, module, reader=reader, ranks=ranks)
+    origin = Origin(
+        cache_digest=reader.identity.digest(), num_anchors=config.evaluate.num_anchors, seed=config.evaluate.seed
+    )
+    scores = _score_split(config, module, reader=reader, ranks=ranks)
+    return evaluate_fully(scores, block_size=block_size, origin=origin, table=table)
+
+
+def save_evaluation(evaluation: Evaluation, *, file: Path, draft_dir: Path) -> None:
+    """Write the evaluation's file, and the draft's calibration where there is one."""
+    if evaluation.scheduling is not None:
+        write_calibration(draft_dir, evaluation.scheduling.calibration)
+    write_evaluation(file, evaluation)
 
 
 def _check_same_target(model: Qwen3DSparkModel, reader: CacheReader, *, draft_dir: Path) -> None:
@@ -194,14 +212,13 @@ def _score_split(
     reader: CacheReader,
     ranks: Ranks,
     stop: StopRequest | None = None,
-) -> CacheEvaluation:
-    """What the validation split says of the draft, on every rank; each scores its share of the samples.
+) -> list[tuple[int, SlotScores]]:
+    """Scores of the validation split by sample id, on rank 0; each rank scores its share of the samples.
 
     Raises StopAskedError once a rank was asked to stop.
     """
     own = list(_iterate_scores(config, module, reader=reader, ranks=ranks, stop=stop or StopRequest()))
-    scores = sorted((scored for part in ranks.gather(own) for scored in part), key=itemgetter(0))
-    return ranks.on_first(lambda: evaluate_scores(scores, block_size=module.draft_model.config.block_size))
+    return sorted((scored for part in ranks.gather(own) for scored in part), key=itemgetter(0))
 
 
 def _iterate_scores(

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from pipeline.stage_one import settings_of
 from pipeline.stage_two import evaluate_draft, open_cache, train_draft
 from stages.errors import SettingError
-from stages.evaluate.cached import CALIBRATION_BINS, bootstrap_mean, calibration_error, evaluate_scores
+from stages.evaluate.bootstrap import BOOTSTRAP_ROUNDS, BOOTSTRAP_SEED, bootstrap_mean, bootstrap_ratio
+from stages.evaluate.cached import evaluate_scores
+from stages.evaluate.reliability import CALIBRATION_BINS, bin_slots, calibration_error, weighted_auc
 from stages.extract.run import extract
 from stages.train import Qwen3DSparkModel
 from stages.train.anchors import choose_anchors
@@ -58,13 +60,16 @@ def test_metrics_equal_a_brute_force_loop(samples: list[list[int]], seed: int) -
         return
     result = evaluate_scores(batches, block_size=K)
     taus, per_slot, agree, entropy = [], [[] for _ in range(K)], [], []
+    reached, survived = [0.0] * K, [[] for _ in range(K)]
     for (_, scores), lengths in zip(batches, samples, strict=True):
         position = 0
         for length in lengths:
             survival, tau = 1.0, 1.0
             for slot in range(length):
                 accept = float(scores.accept_rate[position])
+                reached[slot] += survival
                 survival *= accept
+                survived[slot].append(survival)
                 tau += survival
                 per_slot[slot].append(accept)
                 agree.append(bool(scores.top1_agree[position]))
@@ -74,6 +79,10 @@ def test_metrics_equal_a_brute_force_loop(samples: list[list[int]], seed: int) -
     assert result.tau == pytest.approx(sum(taus) / len(taus))
     expected = [sum(rates) / len(rates) if rates else 0.0 for rates in per_slot]
     assert result.accept_rate_per_pos == pytest.approx(expected)
+    assert result.num_blocks_per_pos == tuple(map(len, per_slot))
+    assert result.survival_per_pos == pytest.approx([sum(x) / len(x) if x else 0.0 for x in survived])
+    conditional = [sum(survived[k]) / reached[k] if survived[k] else 0.0 for k in range(K)]
+    assert result.conditional_accept_per_pos == pytest.approx(conditional)
     assert result.top1_agreement == pytest.approx(sum(agree) / len(agree))
     assert result.cross_entropy == pytest.approx(sum(entropy) / len(entropy))
     assert (result.num_blocks, result.num_slots, result.num_samples) == (len(taus), len(agree), len(samples))
@@ -98,6 +107,43 @@ def test_calibration_error_equals_a_loop_over_bins(count: int, seed: int) -> Non
     assert calibration_error(confidence, accept) == pytest.approx(expected, abs=1e-9)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 60), st.integers(0, 2**32 - 1))
+def test_bins_hold_every_slot_once(count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    predicted, observed = rng.random(count), rng.random(count)
+    bins = bin_slots(predicted, observed)
+    members: list[list[int]] = [[] for _ in range(CALIBRATION_BINS)]
+    for index in range(count):
+        members[min(int(predicted[index] * CALIBRATION_BINS), CALIBRATION_BINS - 1)].append(index)
+    assert bins.count == tuple(map(len, members))
+    for values, means in ((predicted, bins.mean_predicted), (observed, bins.mean_observed)):
+        expected = [sum(values[i] for i in own) / len(own) if own else 0.0 for own in members]
+        assert means == pytest.approx(expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 30), st.booleans(), st.integers(0, 2**32 - 1))
+def test_auc_equals_a_loop_over_pairs_of_events(count: int, coarse: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    predicted, observed = rng.random(count), rng.random(count)
+    if coarse:  # ties, and events that are certain
+        predicted, observed = predicted.round(1), observed.round()
+    right = total = 0.0
+    for i in range(count):
+        for j in range(count):
+            weight = observed[i] * (1 - observed[j])
+            total += weight
+            right += weight * (1.0 if predicted[i] > predicted[j] else 0.5 if predicted[i] == predicted[j] else 0.0)
+    assert weighted_auc(predicted, observed) == (pytest.approx(right / total) if total else None)
+
+
+def test_auc_of_certain_events_is_the_usual_one() -> None:
+    assert weighted_auc(np.array([0.1, 0.9]), np.array([0.0, 1.0])) == 1.0
+    assert weighted_auc(np.array([0.9, 0.1]), np.array([0.0, 1.0])) == 0.0
+    assert weighted_auc(np.array([0.2, 0.9]), np.array([1.0, 1.0])) is None, "nothing was rejected"
+
+
 def test_a_confidence_of_one_falls_into_the_last_bin() -> None:
     assert calibration_error(np.array([1.0, 1.0]), np.array([1.0, 0.5])) == pytest.approx(0.25)
 
@@ -108,6 +154,46 @@ def test_the_bootstrap_resamples_groups() -> None:
     assert (low, high) == (1.0, 2.0)
     low, high = bootstrap_mean(values, groups=np.arange(1000))
     assert 1.45 < low < 1.5 < high < 1.55
+
+
+def test_the_bootstrap_of_a_ratio_draws_samples_and_divides_sums() -> None:
+    rng = np.random.default_rng(0)
+    groups = rng.integers(5, size=40) * 10  # sample ids are no positions
+    top, bottom = rng.random(40), rng.random(40)
+    names = sorted(set(groups.tolist()))
+    generator, ratios = np.random.default_rng(BOOTSTRAP_SEED), []
+    for _ in range(BOOTSTRAP_ROUNDS):
+        drawn = [names[i] for i in generator.integers(len(names), size=len(names))]
+        pairs = [(top[i], bottom[i]) for name in drawn for i in range(40) if groups[i] == name]
+        ratios.append(sum(t for t, _ in pairs) / sum(b for _, b in pairs))
+    assert bootstrap_ratio(top, bottom, groups=groups) == pytest.approx(np.quantile(ratios, [0.025, 0.975]))
+
+
+def test_intervals_of_slots_are_those_of_their_own_blocks() -> None:
+    rng = np.random.default_rng(0)
+    lengths = [rng.integers(1, K + 1, size=4).tolist() for _ in range(6)]
+    batches = [(index * 7, make_scores(own, rng)) for index, own in enumerate(lengths)]
+    result = evaluate_scores(batches, block_size=K)
+    starts = [(sample_id, scores, start) for sample_id, scores in batches for start in np.flatnonzero(scores.slot == 0)]
+    groups = np.array([sample_id for sample_id, _, _ in starts])
+    for slot in range(K):
+        columns = []
+        for _, scores, start in starts:
+            own = scores.accept_rate[start : start + slot + 1]
+            has_slot = start + slot < len(scores.slot) and scores.slot[start + slot] == slot
+            columns.append((own[-1], 1.0, np.prod(own), np.prod(own[:-1])) if has_slot else (0.0, 0.0, 0.0, 0.0))
+        rate, counted, through, before = np.array(columns).T
+        found = (result.accept_rate_low_per_pos[slot], result.accept_rate_high_per_pos[slot])
+        assert found == pytest.approx(bootstrap_ratio(rate, counted, groups=groups))
+        found = (result.conditional_accept_low_per_pos[slot], result.conditional_accept_high_per_pos[slot])
+        assert found == pytest.approx(bootstrap_ratio(through, before, groups=groups))
+
+
+def test_scores_out_of_order_are_our_own_mistake() -> None:
+    scores = make_scores([2, 3], np.random.default_rng(0))
+    scores.slot[[1, 2]] = scores.slot[[2, 1]]
+    with pytest.raises(AssertionError, match="not ordered"):
+        evaluate_scores([(0, scores)], block_size=K)
 
 
 def test_no_confidence_head_gives_no_calibration() -> None:

@@ -14,6 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.cli import main
 from pipeline.config import to_toml
+from stages.evaluate.calibration import read_calibration
+from stages.evaluate.evaluation import read_evaluation
 from storage import bytes_per_token
 from tiny_target import make_config, save_tiny_target
 
@@ -127,6 +129,33 @@ def test_a_draft_of_another_target_is_not_evaluated(config_file: Path, tmp_path:
     assert not (draft / "evaluation.json").exists()
     dspark("evaluate", config_file, "--draft", draft)
     assert (draft / "evaluation.json").is_file()
+
+
+def test_evaluate_calibrates_the_draft_and_simulates_its_server(config_file: Path, tmp_path: Path) -> None:
+    dspark("train", "--extract", config_file)
+    draft = config_file.parent / "run" / "draft"
+    evaluation = read_evaluation(config_file.parent / "run" / "evaluation.json")
+    assert evaluation.scheduling is not None
+    assert read_calibration(draft) == evaluation.scheduling.calibration
+    table = tmp_path / "server.csv"
+    table.write_text("tokens,steps_per_second\n1,50\n300,10\n")
+    arguments = ["evaluate", config_file, "--set", f"evaluate.throughput_table='{table}'"]
+    shown = " ".join(dspark(*arguments).output.replace("│", " ").split())
+    again = read_evaluation(config_file.parent / "run" / "evaluation.json")
+    assert again.scheduling is not None
+    assert again.scheduling.calibration == evaluation.scheduling.calibration
+    assert again.scheduling.outlook.throughput.file == str(table)
+    rows = {row.num_requests: row for row in again.scheduling.outlook.concurrencies}
+    assert list(rows) == [1, 2, 4, 8, 16, 32], "64 requests of 1 + 4 tokens are more than 300"
+    assert f"32 requests scheduled {rows[32].scheduled.tokens_per_second:,.0f} tokens/s" in shown
+    fitted, measured = (
+        again.scheduling.calibration.num_fitted_samples,
+        again.scheduling.calibration.num_measured_samples,
+    )
+    assert fitted + measured == again.num_samples
+    assert f"fitted on {fitted} conversations, measured on {measured} others" in shown
+    table.write_text("tokens,steps_per_second\n1,50\n4,10\n")
+    assert "ends at 4 tokens" in dspark(*arguments, ok=False).output
 
 
 def test_a_target_that_no_draft_fits_is_refused_before_extraction(tmp_path: Path) -> None:

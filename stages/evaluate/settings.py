@@ -1,5 +1,7 @@
 """Config section of the evaluation: `[evaluate]`."""
 
+from pathlib import Path
+
 from pydantic import Field
 
 from stages.section import Section
@@ -14,3 +16,6 @@ class EvaluateSection(Section):
     """Validation samples at most, the first by sample id; none: all."""
     seed: int = Field(default=0, ge=0)
     """Seeds the anchors; two drafts evaluated with one seed see the same blocks."""
+    throughput_table: Path | None = None
+    """CSV file with the columns `tokens` (in a verify step) and `steps_per_second` of the server that the scheduling
+    outlook is for; none: an assumed table."""

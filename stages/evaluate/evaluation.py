@@ -1,0 +1,115 @@
+"""`evaluation.json`: everything that the held-out split says of a draft, with the numbers behind every plot.
+
+Written by `dspark evaluate`, read by reports and comparisons.
+"""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+
+from stages.evaluate.blocks import Blocks, SlotScores, gather_blocks
+from stages.evaluate.cached import CacheEvaluation, block_taus, measure_blocks
+from stages.evaluate.calibration import Calibration, Origin, calibrate, scale_confidence, split_halves
+from stages.evaluate.outlook import Outlook, simulate
+from stages.evaluate.records import read_record, write_record
+from stages.evaluate.reliability import Reliability, measure_reliability
+from stages.evaluate.thresholds import ThresholdCurve, trace_thresholds
+from stages.evaluate.throughput import ThroughputTable
+from storage.sealed import Record
+
+FORMAT_VERSION: Final = 1
+
+logger = logging.getLogger(__name__)
+
+
+class SampleTau(Record):
+    """One conversation: what paired comparisons of two drafts resample."""
+
+    sample_id: int
+    num_blocks: int
+    tau: float
+    """Mean over its blocks."""
+
+
+class Scheduling(Record):
+    """What the confidence is good for, on the half of the samples that the temperatures were not fitted on."""
+
+    calibration: Calibration
+    reliability_before: Reliability
+    reliability_after: Reliability
+    thresholds_before: ThresholdCurve
+    thresholds_after: ThresholdCurve
+    outlook: Outlook
+
+
+class Evaluation(CacheEvaluation):
+    """`evaluation.json`."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    block_size: int
+    origin: Origin
+    """Drafts with equal origins can be compared sample by sample, on the samples that both have."""
+    samples: tuple[SampleTau, ...]
+    """In the order of sample ids; samples without a block are left out."""
+    reliability: Reliability | None
+    """Of the confidence as it is, on all samples; None without a confidence head."""
+    scheduling: Scheduling | None
+    """None without a confidence head, or with fewer than two samples."""
+
+
+def evaluate_fully(
+    batches: Iterable[tuple[int, SlotScores]], *, block_size: int, origin: Origin, table: ThroughputTable
+) -> Evaluation:
+    """As `evaluate_scores`, with calibration, threshold curves and scheduling outlook where there is a confidence."""
+    blocks = gather_blocks(batches, block_size=block_size)
+    confidence_MK = blocks.confidence
+    return Evaluation(
+        **vars(measure_blocks(blocks)),
+        block_size=block_size,
+        origin=origin,
+        samples=_sample_taus(blocks),
+        reliability=None if confidence_MK is None else measure_reliability(confidence_MK, blocks),
+        scheduling=_evaluate_scheduling(blocks, origin=origin, table=table),
+    )
+
+
+def write_evaluation(file: Path, evaluation: Evaluation) -> None:
+    """Write or replace the file, whole or not at all."""
+    write_record(file, evaluation)
+
+
+def read_evaluation(file: Path) -> Evaluation:
+    """The evaluation in the file. Raises EvaluationError for one that is not there, damaged, or of an earlier form."""
+    return read_record(file, Evaluation, version=FORMAT_VERSION)
+
+
+def _sample_taus(blocks: Blocks) -> tuple[SampleTau, ...]:
+    sample_ids, position_M = np.unique(blocks.sample, return_inverse=True)
+    counts = np.bincount(position_M)
+    taus = np.bincount(position_M, weights=block_taus(blocks)) / counts
+    columns = zip(sample_ids.tolist(), counts.tolist(), taus.tolist(), strict=True)
+    return tuple(SampleTau(sample_id=sample_id, num_blocks=count, tau=tau) for sample_id, count, tau in columns)
+
+
+def _evaluate_scheduling(blocks: Blocks, *, origin: Origin, table: ThroughputTable) -> Scheduling | None:
+    if blocks.confidence is None:
+        logger.info("the draft has no confidence head: no calibration, no threshold curve, no scheduling outlook")
+        return None
+    fitted, measured = split_halves(blocks)
+    if not len(measured) or measured.confidence is None:
+        logger.info("one conversation cannot be split to calibrate: no threshold curve, no scheduling outlook")
+        return None
+    calibration = calibrate(fitted, measured, origin=origin)
+    before_MK = measured.confidence
+    after_MK = scale_confidence(before_MK, calibration.temperatures)
+    return Scheduling(
+        calibration=calibration,
+        reliability_before=measure_reliability(before_MK, measured),
+        reliability_after=measure_reliability(after_MK, measured),
+        thresholds_before=trace_thresholds(before_MK, measured),
+        thresholds_after=trace_thresholds(after_MK, measured),
+        outlook=simulate(before_MK, after_MK, measured, table),
+    )
