@@ -123,4 +123,14 @@ class Dialogue:
             return "the answer did not end within its tokens"
         if not answer.content.strip():
             return "empty answer"
+        if _has_lone_surrogate(answer.content + (answer.reasoning or "")):
+            return "text with a lone surrogate, which no encoding has"
         return None
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

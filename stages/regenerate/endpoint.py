@@ -85,7 +85,8 @@ class Endpoint:
 
     def _explain(self, error: openai.OpenAIError) -> Exception:
         """The error of a row, or of the run."""
-        detail = self._scrub(str(error))
+        # The client's own message leaves out bodies that are not of OpenAI's form.
+        detail = self._scrub(error.response.text if isinstance(error, openai.APIStatusError) else str(error))
         match error:
             case openai.AuthenticationError():
                 return RegenerationError(
@@ -107,7 +108,8 @@ class Endpoint:
     def _scrub(self, text: str) -> str:
         """A detail short enough to be kept, without the key."""
         key = self.client.api_key
-        return (text if key == NO_KEY else text.replace(key, "***"))[:MAX_DETAIL_CHARS]
+        text = text if key == NO_KEY else text.replace(key, "***")
+        return text[:MAX_DETAIL_CHARS].encode(errors="replace").decode()
 
     @property
     def url(self) -> str:

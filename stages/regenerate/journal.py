@@ -12,8 +12,6 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from stages.regenerate.dialogue import Outcome
 from stages.regeneration_record import RegenerationError
 from storage.files import crc32c_hex
@@ -118,7 +116,7 @@ class Journal:
 
 
 def _render(outcome: Outcome) -> bytes:
-    body = json.dumps(outcome.model_dump(mode="json"), separators=(",", ":")).encode("ascii")
+    body = json.dumps(outcome.model_dump(), separators=(",", ":")).encode("ascii")
     return crc32c_hex(body).encode("ascii") + b" " + body + b"\n"
 
 
@@ -128,6 +126,6 @@ def _parse(line: bytes) -> Outcome | None:
     if not line.endswith(b"\n") or crc != crc32c_hex(body.removesuffix(b"\n")).encode("ascii"):
         return None
     try:
-        return Outcome.model_validate_json(body)
-    except ValidationError:
+        return Outcome.model_validate(json.loads(body))  # pydantic's own JSON refuses lone surrogates
+    except ValueError:
         return None
