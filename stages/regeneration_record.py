@@ -5,6 +5,7 @@ It is no part of a cache's identity, which covers the bytes of the conversations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from stages.errors import StageError
 from storage.sealed import Record, canonical_json
 
 MANIFEST = "regeneration.json"
+
+logger = logging.getLogger(__name__)
 
 
 class RegenerationError(StageError, ValueError):
@@ -111,14 +114,15 @@ def find_manifests(files: Iterable[str]) -> dict[str, RegenerationManifest]:
     Raises RegenerationError for a file that has another size than its manifest says.
     """
     found: dict[str, RegenerationManifest] = {}
-    beside: dict[tuple[str, str], RegenerationManifest | None] = {}
+    beside: dict[str, RegenerationManifest | None] = {}
     for file in files:
         system, path = fsspec.url_to_fs(file)
         folder, _, name = path.rpartition("/")
-        key = (str(system.to_json()), folder)
-        if key not in beside:
-            beside[key] = _read_beside(system, f"{folder}/{MANIFEST}" if folder else MANIFEST)
-        manifest = beside[key]
+        place = f"{folder}/{MANIFEST}" if folder else MANIFEST
+        address = system.unstrip_protocol(place)
+        if address not in beside:
+            beside[address] = _read_beside(system, place)
+        manifest = beside[address]
         if manifest is None or name not in manifest.files:
             continue
         size = system.size(path)
@@ -134,6 +138,9 @@ def find_manifests(files: Iterable[str]) -> dict[str, RegenerationManifest]:
 def _read_beside(system: Any, path: str) -> RegenerationManifest | None:
     try:
         data = system.cat_file(path)
-    except Exception:  # each file system has families of its own for "not there", and some hide names behind "denied"
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # each store has families of its own, and some call "denied" what is not there
+        logger.warning("%s cannot be read, so it is not known whether the target wrote these answers: %s", path, error)
         return None
     return parse_manifest(data, where=path)

@@ -172,9 +172,20 @@ def test_truncated_answers_are_kept_on_demand(tmp_path: Path, server: tuple[str,
 
 def test_thinking_stays_beside_the_answer(tmp_path: Path, server: tuple[str, Seen]) -> None:
     url, _ = server
-    run(ask_for(tmp_path, ["thinks a", "reasons b"]), url)
+    config = ask_for(tmp_path, ["thinks a", "reasons b"])
+    with pytest.raises(RegenerationError, match=r"does not render reasoning_content.*data\.chat_template"):
+        run(config, url)
+    template = tmp_path / "thinking.jinja"
+    thinking = "{{ message.get('reasoning_content', '') + '</think>' + message['content'] }}"
+    template.write_text(
+        (TARGET_DIR / "chat_template.jinja").read_text().replace("{{ message['content'] +", thinking + "{{")
+    )
+    data = config.data.model_copy(update={"chat_template": template})
+    config = config.model_copy(update={"data": data})
+    config = config.model_copy(update={"regenerate": config.regenerate.model_copy(update={"path": tmp_path / "other"})})
+    run(config, url)
     expected = {"role": "assistant", "content": "so", "reasoning_content": "hm"}
-    assert [messages[1] for messages in read_answers(tmp_path / "out").values()] == [expected, expected]
+    assert [messages[1] for messages in read_answers(tmp_path / "other").values()] == [expected, expected]
 
 
 def test_what_a_request_says(tmp_path: Path, server: tuple[str, Seen]) -> None:

@@ -1,6 +1,7 @@
 """The target in this process: what a plain loop says, whatever the batch and wherever it was interrupted."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -17,13 +18,15 @@ from pipeline.config import Config, to_toml
 from pipeline.embedded import TARGET_DIR
 from pipeline.stage_one import settings_of
 from stages.extract.run import extract
+from stages.extract.settings import ExtractSection
 from stages.regenerate.dialogue import Dialogue
 from stages.regenerate.local import LocalTarget, StopAskedError, answer_batch, plan_batches
 from stages.regenerate.prompts import Prompt, plan_prompt, seed_of
+from stages.regenerate.publish import write_manifest
 from stages.regenerate.render import NO_ROOM, PromptRenderer
 from stages.regenerate.sampling import draw_uniforms, pick_tokens
 from stages.regenerate.settings import RegenerateSection
-from stages.regeneration_record import RegenerationError
+from stages.regeneration_record import RegenerationError, parse_manifest
 from tiny_target import make_chats, make_config, save_tiny_target, write_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -240,6 +243,18 @@ def test_a_run_goes_on_from_any_line_to_the_same_bytes(undisturbed: Config, tmp_
 
 def with_path(config: Config, path: Path) -> Config:
     return config.model_copy(update={"regenerate": config.regenerate.model_copy(update={"path": path})})
+
+
+def test_a_kill_while_publishing_costs_nothing(undisturbed: Config, tmp_path: Path) -> None:
+    """Conversations are there, the manifest says that none are: no model is loaded, the files are put in order."""
+    assert undisturbed.regenerate.path is not None
+    config = with_path(undisturbed, tmp_path / "out")
+    shutil.copytree(undisturbed.regenerate.path, tmp_path / "out")
+    manifest = parse_manifest((tmp_path / "out" / "regeneration.json").read_bytes(), where="")
+    write_manifest(tmp_path / "out", manifest.model_copy(update={"counts": None, "files": {}}))
+    (tmp_path / "out" / "conversations-00000.jsonl").write_text("of an earlier run\n")
+    assert run(config.model_copy(update={"extract": ExtractSection(device="cuda:99")})).num_recorded == 0
+    assert read_outputs(tmp_path / "out") == read_outputs(undisturbed.regenerate.path)
 
 
 def test_other_settings_and_other_prompts_are_refused(undisturbed: Config, tmp_path: Path) -> None:

@@ -78,10 +78,23 @@ class Endpoint:
                     break
                 seed = seed_of(section.seed, row=dialogue.row, turn=dialogue.turn)
                 answer = await self.ask(dialogue.messages, tools=dialogue.tools, max_tokens=room, seed=seed)
+                self._check_reasoning(answer, dialogue)
                 dialogue.take(answer, num_prompt_tokens=num_prompt)
             except (RenderError, AskError) as error:
                 dialogue.fail(str(error))
         return dialogue.outcome()
+
+    def _check_reasoning(self, answer: Answer, dialogue: Dialogue) -> None:
+        """An answer that the cache would hold without the thinking before it is none that the target gives."""
+        if not answer.reasoning:
+            return
+        said = {"role": "assistant", "content": answer.content, "reasoning_content": answer.reasoning}
+        if not self.renderer.shows([*dialogue.messages, said], answer.reasoning, tools=dialogue.tools):
+            raise RegenerationError(
+                f"{self.url}: sends thinking apart from the answer, and the target's chat template does not render "
+                "reasoning_content, so the cache would lack it; start the server without a reasoning parser, switch "
+                "it off in regenerate.chat_template_kwargs, or name a template that renders it in data.chat_template"
+            )
 
     def _explain(self, error: openai.OpenAIError) -> Exception:
         """The error of a row, or of the run."""

@@ -28,6 +28,11 @@ class PromptRenderer:
             raise RenderError(f"chat template: {(str(error).splitlines() or ['?'])[0][:120]}") from error
         return [int(token) for token in encoded["input_ids"]]
 
+    def shows(self, messages: list[Message], text: str, *, tools: list[Any] | None) -> bool:
+        """Whether the template renders a text that some message of the conversation carries."""
+        options = {"tools": tools, "tokenize": False, **self._variables}
+        return text.strip() in str(self._tokenizer.apply_chat_template(messages, **options))
+
     def decode(self, ids: list[int]) -> str:
         """Text of answer tokens, markers of thinking and of tool calls included."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

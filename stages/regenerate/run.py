@@ -1,5 +1,6 @@
 """A regeneration from end to end: prompts and a back end in, a folder of conversations by the target out."""
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from stages.regenerate.journal import Journal
 from stages.regenerate.prompts import Prompt
 from stages.regenerate.publish import (
+    FAILURES,
     JOURNAL,
     is_published,
     prepare_folder,
@@ -15,6 +17,8 @@ from stages.regenerate.publish import (
 )
 from stages.regenerate.work import Backend, Work
 from stages.regeneration_record import RegenerationError, RegenerationManifest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ def regenerate(
     num_total = manifest.identity.num_prompts
     with Journal(folder / JOURNAL) as journal:
         work = Work(journal, num_total=num_total, is_stopped=is_stopped)
+        logger.info("%s: %d conversations, %d of them done already", folder, num_total, journal.num_finished)
         if journal.num_finished < num_total:
             backend()(prompts(), work)
         num_open = num_total - journal.num_known
@@ -55,9 +60,7 @@ def regenerate(
         if not num_open and (work.num_recorded or not is_published(folder, published)):
             published = publish(folder, journal.outcomes(), manifest=manifest)
     if published.counts is not None and not published.counts.num_answered:
-        raise RegenerationError(
-            f"{folder}: no conversation was answered; the causes are in {folder / 'work' / 'failures.jsonl'}"
-        )
+        raise RegenerationError(f"{folder}: no conversation was answered; the causes are in {folder / FAILURES}")
     return RegenerationResult(
         folder=folder,
         manifest=published,

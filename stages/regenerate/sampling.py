@@ -30,7 +30,7 @@ class SeededSampler:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self._num_prompt_tokens
-        picked_B = pick_tokens(scores, self._uniforms_BN[:, step])
+        picked_B = pick_tokens(scores, self._uniforms_BN[:, step].to(scores.device))
         return torch.full_like(scores, -torch.inf).scatter(1, picked_B[:, None], 0.0)
 
 
