@@ -72,7 +72,17 @@ def main(verbose: bool) -> None:
     )
     if not verbose:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        for library in ("transformers", "huggingface_hub", "fsspec", "httpx", "torch", "aiobotocore", "botocore"):
+        for library in (
+            "transformers",
+            "huggingface_hub",
+            "fsspec",
+            "httpx",
+            "httpx2",
+            "openai",
+            "torch",
+            "aiobotocore",
+            "botocore",
+        ):
             logging.getLogger(library).setLevel(logging.ERROR)
         _quiet_transformers()
 
@@ -93,6 +103,23 @@ def estimate(config: Path, overrides: tuple[str, ...]) -> None:
     settings = _load(config, overrides)
     price, counts = stage_one.estimate(settings)
     show.price(console, price, counts)
+
+
+@main.command()
+@_with_config
+@click.option("--endpoint", metavar="URL", help="Ask an OpenAI-compatible server, as http://host:8000/v1.")
+@click.option("--local", is_flag=True, help="Run the target here, through transformers.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the answers. Default: regenerate.path.")
+@click.option("--concurrency", type=click.IntRange(min=1), help="Conversations asked of the endpoint at a time.")
+def regenerate(config: Path, overrides: tuple[str, ...], endpoint: str | None, local: bool, **options: Any) -> None:
+    """Let the target itself answer the conversations of data.files; continues where an earlier run stopped.
+
+    The key of an endpoint is OPENAI_API_KEY of the environment. SIGTERM, or Ctrl-C, ends it; a second one at once.
+    """
+    from pipeline import regeneration
+
+    settings = regeneration.with_options(_load(config, overrides), **options)
+    regeneration.show_result(console, regeneration.regenerate(settings, endpoint=endpoint, is_local=local))
 
 
 @main.command()
