@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,10 +17,12 @@ from pipeline.config import Config, ConfigError, load_config, to_toml
 from pipeline.logs import configure_logs
 from stages.extract.settings import CacheSection
 from stages.extract.share import ALONE, Share
+from stages.text_files import replace_text
 from storage import CacheError
 from storage.remote import is_remote
 
 if TYPE_CHECKING:
+    from stages.train.export import Form
     from stages.train.parallel import Ranks
 
 DEFAULT_CONFIG = Path("configs/embedded.toml")
@@ -78,6 +79,23 @@ def estimate(config: Path, overrides: tuple[str, ...]) -> None:
     settings = _load(config, overrides)
     price, counts = stage_one.estimate(settings)
     show.price(console, price, counts)
+
+
+@main.command()
+@_with_config
+@click.option("--endpoint", metavar="URL", help="Ask an OpenAI-compatible server, as http://host:8000/v1.")
+@click.option("--local", is_flag=True, help="Run the target here, through transformers.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the answers. Default: regenerate.path.")
+@click.option("--concurrency", type=click.IntRange(min=1), help="Conversations asked of the endpoint at a time.")
+def regenerate(config: Path, overrides: tuple[str, ...], endpoint: str | None, local: bool, **options: Any) -> None:
+    """Let the target itself answer the conversations of data.files; continues where an earlier run stopped.
+
+    The key of an endpoint is OPENAI_API_KEY of the environment. SIGTERM, or Ctrl-C, ends it; a second one at once.
+    """
+    from pipeline import regeneration
+
+    settings = regeneration.with_options(_load(config, overrides), **options)
+    regeneration.show_result(console, regeneration.regenerate(settings, endpoint=endpoint, is_local=local))
 
 
 @main.command()
@@ -179,7 +197,7 @@ def verify(
     finally:  # the report is of use also where the cache cannot be repaired
         fields = show.report_to_json(report, repaired)
         if report_file is not None:
-            _write_json(report_file, fields)
+            replace_text(report_file, json.dumps(fields, indent=2) + "\n")
         if as_json:
             click.echo(json.dumps(fields, indent=2))
         else:
@@ -258,13 +276,20 @@ def sweep(config: Path, overrides: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["dspark", "speculators"]), default="dspark", help="The layout.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16")
-def export(checkpoint: Path, out: Path, dtype: str) -> None:
-    """Write a checkpoint as a draft folder that servers load: config.json and model.safetensors."""
-    from pipeline import stage_two
+@click.option(
+    "--with-target-weights/--without-target-weights", default=True, help="The target's embedding and head, too."
+)
+@click.option("--target", metavar="NAME", help="Hub id or path that servers load. Default: target.model of the run.")
+def export(
+    checkpoint: Path, out: Path, form: "Form", dtype: str, with_target_weights: bool, target: str | None
+) -> None:
+    """Write a run's draft or checkpoint to the new folder OUT, as servers load it, with a model card."""
+    from pipeline.export import export_draft
 
-    stage_two.export_draft(checkpoint, out, dtype=dtype)
-    console.print(f"draft: {out}", markup=False)
+    export_draft(checkpoint, out, form=form, dtype=dtype, with_target_weights=with_target_weights, target=target)
+    console.print(f"draft: {out} ({form}, {dtype})", markup=False)
 
 
 @main.command()
@@ -289,16 +314,6 @@ def _cache_section(config: Path | str, overrides: tuple[str, ...]) -> CacheSecti
     if isinstance(config, Path) and config.suffix == ".toml":
         return load_config(config, overrides).cache
     return CacheSection(path=config)
-
-
-def _write_json(file: Path, fields: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    temp = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temp.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        temp.replace(file)
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 def _extract(settings: Config, *, share: Share = ALONE) -> None:
@@ -330,10 +345,6 @@ def _train(settings: Config, *, ranks: "Ranks", profiled: bool = False) -> bool:
     from pipeline import stage_two
 
     run_dir = settings.train.run_dir
-    # A refused resume must not overwrite what the run was made from.
-    if ranks.is_first and not (run_dir / "checkpoints").exists():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.toml").write_text(to_toml(settings), encoding="utf-8")
     result = stage_two.train_draft(settings, profiled=profiled, ranks=ranks)
     if result.was_stopped or not ranks.is_first:
         return not result.was_stopped

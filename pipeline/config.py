@@ -14,6 +14,7 @@ from pipeline.embedded import CONVERSATIONS_FILE, EMBEDDED, TARGET_DIR
 from pipeline.sweep.settings import RangeTable, SweepSection
 from stages.evaluate.settings import EvaluateSection
 from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
+from stages.regenerate.settings import RegenerateSection
 from stages.section import Section
 from stages.train.settings import DraftSection, ObjectiveSection, TrainSection
 
@@ -33,6 +34,7 @@ class Config(Section):
     objective: ObjectiveSection = ObjectiveSection()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
+    regenerate: RegenerateSection = RegenerateSection()
     sweep: SweepSection | None = None
 
 

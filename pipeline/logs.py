@@ -4,7 +4,9 @@ import logging
 import os
 import sys
 
-LIBRARIES = ("transformers", "huggingface_hub", "fsspec", "httpx", "torch", "aiobotocore", "botocore")
+LIBRARIES = (
+    "transformers", "huggingface_hub", "fsspec", "httpx", "httpx2", "openai", "torch", "aiobotocore", "botocore",
+)  # fmt: skip
 
 
 def configure_logs(*, verbose: bool) -> None:

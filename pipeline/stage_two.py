@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import safe_open
 
-from pipeline.config import Config
+from pipeline.config import Config, to_toml
 from pipeline.stage_one import settings_of
 from stages.device import choose_device
-from stages.errors import SettingError
+from stages.errors import SettingError, StageError
 from stages.evaluate.cached import evaluate_scores
 from stages.evaluate.calibration import Origin, write_calibration
 from stages.evaluate.evaluation import Evaluation, evaluate_fully, write_evaluation
@@ -26,8 +25,9 @@ from stages.extract.import_run import UNKNOWN_FIELDS, describe_imported
 from stages.extract.run import Settings, configured_identity, describe_inputs, read_plan
 from stages.extract.settings import CacheSection
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
+from stages.train.anchors import anchor_candidates
 from stages.train.batches import EMPTY_BATCH, gather_batch, plan_batches
-from stages.train.checkpoint import save_draft
+from stages.train.draft_folder import read_draft
 from stages.train.interrupt import StopRequest, stop_on_signals
 from stages.train.loop import compute_dtype
 from stages.train.module import SlotScores
@@ -38,6 +38,10 @@ from stages.train.warm_start import COMPARED_ROWS, same_rows
 from storage import CacheIdentity, CacheReader, check_identity
 
 logger = logging.getLogger(__name__)
+
+
+class NonFiniteScoreError(StageError, ArithmeticError):
+    """A draft cannot be measured: what it says of a sample is NaN or infinite."""
 
 
 def open_cache(config: Config, *, layers: tuple[int, ...] | None) -> CacheReader:
@@ -135,28 +139,40 @@ def _train_draft(
         block_size = module.draft_model.config.block_size
         return ranks.on_first(lambda: evaluate_scores(scores, block_size=block_size)).to_json()
 
-    has_validation = len(reader.split_indices("validation")) > 0
-    if not has_validation:
-        logger.warning("the cache has no validation split, so nothing will be measured; see data.validation_fraction")
+    has_validation = _can_measure(config, reader)
     return train(
         reader=reader,
         draft=config.draft,
         objective=config.objective,
         train=config.train,
         validate=Validate(measure=measure, judge=judge) if has_validation else None,
+        config_text=to_toml(config),
         stop=stop,
         profiled=profiled,
         ranks=ranks,
     )
 
 
+def _can_measure(config: Config, reader: CacheReader) -> bool:
+    """Whether the validation split has anything to score; warns if not."""
+    if not len(reader.split_indices("validation")):
+        logger.warning("the cache has no validation split, so nothing will be measured; see data.validation_fraction")
+        return False
+    indices = evaluated_indices(config, reader)
+    if any(len(anchor_candidates(reader.read_tokens(index)[1])) for index in indices):
+        return True
+    logger.warning(
+        f"none of the {len(indices)} validation samples has two supervised tokens in a row, so nothing will be "
+        "measured; see data.validation_fraction, and evaluate.max_samples"
+    )
+    return False
+
+
 def evaluate_draft(config: Config, *, draft_dir: Path) -> Evaluation:
     """Score the draft in `draft_dir`, as servers would load it, on the validation split."""
-    if not (draft_dir / "config.json").is_file():
-        raise SettingError(f"{draft_dir}: no draft here; train one first, or name its folder with --draft")
-    model = Qwen3DSparkModel.from_pretrained(draft_dir, dtype=torch.float32)
+    model = read_draft(draft_dir)
+    _check_same_target(model, open_reader(config.cache), draft_dir=draft_dir)
     reader = open_cache(config, layers=tuple(model.config.target_layer_ids))
-    _check_same_target(model, reader, draft_dir=draft_dir)
     block_size = int(model.config.block_size)
     table = read_throughput_table(config.evaluate.throughput_table, least_tokens=1 + block_size)
     reader.plan_reads(evaluated_indices(config, reader))
@@ -187,16 +203,6 @@ def _check_same_target(model: Qwen3DSparkModel, reader: CacheReader, *, draft_di
                 f"{draft_dir}: this draft was trained for another target than that of {reader.path}: their "
                 "embeddings differ; evaluate it on the cache that it was trained from"
             )
-
-
-def export_draft(checkpoint: Path, out: Path, *, dtype: str) -> None:
-    """Write the draft in `checkpoint` to `out` as servers load it. Raises SettingError."""
-    if not (checkpoint / "config.json").is_file():
-        raise SettingError(f"{checkpoint}: no draft here; name a run's draft/ or one of its checkpoints/")
-    if out.exists():
-        raise SettingError(f"{out}: exists already; name a new folder")
-    model = Qwen3DSparkModel.from_pretrained(checkpoint, dtype=torch.float32)
-    save_draft(out, draft_model=model, dtype=getattr(torch, dtype))
 
 
 def evaluated_indices(config: Config, reader: CacheReader) -> np.ndarray:
@@ -242,8 +248,18 @@ def _iterate_scores(
         with compute_dtype(ranks.device, config.train.dtype):
             scores = module.score(**gather_batch(reader, batch, device=ranks.device))
         for sample_id in batch.sample_ids:  # one, or none in an empty batch
-            yield sample_id, _to_cpu(scores)
+            yield sample_id, _checked(_to_cpu(scores), sample_id=sample_id)
     module.train(was_training)
+
+
+def _checked(scores: SlotScores, *, sample_id: int) -> SlotScores:
+    """The scores, if they are numbers. Raises NonFiniteScoreError."""
+    if not bool(scores.cross_entropy.isfinite().all()):
+        raise NonFiniteScoreError(
+            f"sample {sample_id}: the draft's cross-entropy is NaN or infinite; its weights are broken, or the cached "
+            "states are: see grad_norm in metrics.jsonl, lower train.lr in a new train.run_dir, or run dspark verify"
+        )
+    return scores
 
 
 def _to_cpu(scores: SlotScores) -> SlotScores:

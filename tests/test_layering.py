@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("pipeline", "stages", "storage")
-STAGES = ("extract", "train", "evaluate")
+STAGES = ("extract", "train", "evaluate", "regenerate")
 FORBIDDEN_IN_STORAGE = {"transformers", "click", "safetensors", "rich"}
 
 

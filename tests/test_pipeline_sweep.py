@@ -117,7 +117,7 @@ def test_a_sweep_trains_evaluates_and_compares_once(cached: Path, tmp_path: Path
     out = tmp_path / "exported"
     exported = CliRunner().invoke(main, ["export", str(folders[1] / "checkpoints" / "step_00000004"), str(out)])
     assert exported.exit_code == 0
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert "exists already" in CliRunner().invoke(main, ["export", str(folders[1] / "draft"), str(out)]).output
 
 

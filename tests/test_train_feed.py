@@ -162,6 +162,15 @@ def test_buffers_are_reused_and_bounded(cache: Path) -> None:
         assert len(storages[name]) <= 2 * NUM_BUFFERS, "each is allocated once, and once more to grow"
 
 
+def test_a_budget_without_bound_takes_the_memory_of_the_longest_step(cache: Path) -> None:
+    reader, train = CacheReader(cache), settings(global_batch_size=2, max_batch_tokens=10**15)
+    longest = np.sort(reader.num_tokens[reader.split_indices("train")])[-2:]
+    assert make_feed(reader, train).buffer_tokens == longest.sum()
+    for _, batches in make_feed(reader, train).run(steps_of(reader, train)):
+        for batch in batches:
+            assert batch.arguments[STATES[0]].untyped_storage().nbytes() == longest.sum() * 3 * 8 * 2
+
+
 def test_the_thread_is_ahead_by_its_buffers_and_no_more(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the first batch is in use the others are filled, also with those of the next step and the next epoch."""
     reader, train = CacheReader(cache), settings(global_batch_size=8, max_batch_tokens=1000)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from stages.train import distances as distances_module
 from stages.train import fused as fused_module
 from stages.train.anchors import choose_anchors
 from stages.train.attention import BlockRanges, DenseAttention, FlexAttention, GroupedAttention, plan_tiles
+from stages.train.compiled import compiled
 from stages.train.distances import Asked, Blocks, measure_distances
 
 HEADS: list[dict[str, Any]] = [
@@ -312,3 +313,69 @@ def test_tiles_hold_every_pair_that_meets(
     if len(mask) > size:
         assert listed["full"], "a long context has tiles that all see"
         assert len(listed["partial"]) + len(listed["full"]) < -(-mask.shape[0] // size) * -(-mask.shape[1] // size)
+
+
+def test_what_the_compiler_cannot_do_runs_uncompiled(caplog: pytest.LogCaptureFixture) -> None:
+    calls = []
+
+    def fail(*_: object) -> NoReturn:
+        calls.append(1)
+        raise RuntimeError("no code for this machine")
+
+    def double(values: torch.Tensor) -> torch.Tensor:
+        return 2 * values
+
+    fused = compiled(double, backend=fail)
+    for _ in range(2):
+        torch.testing.assert_close(fused(torch.ones(3)), torch.full((3,), 2.0))
+    assert len(calls) == 1
+    assert [record.levelname for record in caplog.records if record.name.startswith("stages")] == ["WARNING"]
+    assert "double cannot be compiled here" in caplog.text
+    assert "no code for this machine" in caplog.text
+
+
+def test_what_a_compiled_function_raises_itself_comes_through() -> None:
+    def fail(values: torch.Tensor) -> torch.Tensor:
+        raise ValueError(f"{len(values)} values are too many")
+
+    with pytest.raises(ValueError, match="2 values are too many"):
+        compiled(fail, backend="eager")(torch.ones(2))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_anchors_may_come_in_any_order(head: dict[str, Any]) -> None:
+    model = tiny_model(tiny_config(**head)).double()
+    rows = [[make_document(12, seed=1), make_document(9, seed=2)], [make_document(20, seed=3)]]
+    batch = pack(rows, [[[0, 4, 9], [2, 5]], [[1, 7, 8, 15]]])
+    batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    shuffled = batch["anchor_positions"][:, torch.randperm(batch["anchor_positions"].shape[1])]
+    expected = DSparkTrainerModule(model, is_plain=True)(**batch)
+    for is_plain in (False, True):
+        module = DSparkTrainerModule(model, is_plain=is_plain)
+        result = module(**{**batch, "anchor_positions": shuffled})
+        torch.testing.assert_close(result.loss_num, expected.loss_num)
+        torch.testing.assert_close(result.tau_num, expected.tau_num)
+
+
+def test_scores_compute_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    original = fused_module._run_chunks
+
+    def run_chunks(*args: Any, **kwargs: Any) -> None:
+        asked.append(kwargs["gradients"])
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(fused_module, "_run_chunks", run_chunks)
+    batch = pack([[make_document(12, seed=1)]], [[[0, 4, 9]]])
+    module = DSparkTrainerModule(tiny_model())
+    module.score(**batch)
+    assert asked == [None]
+    module(**batch)
+    assert asked[1] is not None
+
+
+def test_a_tiny_gamma_trains_the_first_slot_alone() -> None:
+    batch = pack([[make_document(12, seed=1, loss_mask=[1] * 12)]], [[[0, 4]]])
+    metrics = DSparkTrainerModule(tiny_model(), loss_decay_gamma=1e-46)(**batch)
+    assert metrics.loss_den == 2
+    assert metrics.loss.isfinite()

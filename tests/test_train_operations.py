@@ -170,12 +170,13 @@ def test_sigterm_ends_a_training_with_a_checkpoint_and_a_hint(cached: Path, tmp_
 def test_a_second_signal_ends_at_once() -> None:
     script = (
         "import signal\n"
+        "from stages import signals\n"
         "from stages.train import interrupt\n"
         "with interrupt.stop_on_signals():\n"
         "    signal.raise_signal(signal.SIGTERM)\n"
         "    signal.raise_signal(signal.SIGINT)\n"
         "    print('a launcher repeats what a terminal sent', flush=True)\n"
-        "    interrupt.REPEAT_SECONDS = 0.0\n"
+        "    signals.REPEAT_SECONDS = 0.0\n"
         "    signal.raise_signal(signal.SIGINT)\n"
         "    print('not reached', flush=True)\n"
     )

@@ -18,26 +18,36 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.embedded import CONVERSATIONS_FILE, TARGET_DIR
 from pipeline.embedded.corpus import conversations, read_pairs
+from stages.regenerate.dialogue import Dialogue
+from stages.regenerate.local import LocalTarget, answer_batch
+from stages.regenerate.prompts import plan_prompt
+from stages.regenerate.render import PromptRenderer
+from stages.regenerate.settings import RegenerateSection
 
 BATCH_CHATS = 64
 MAX_NEW_TOKENS = 320
 
 
-@torch.inference_mode()
-def answer(model: Any, tokenizer: Any, chats: list[list[dict[str, str]]]) -> list[str | None]:
-    """The target's answer to each chat, None where it did not come to an end."""
-    prompts = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+def load_embedded(*, seed: int) -> LocalTarget:
+    """The embedded target in float32, sampling from its whole distribution."""
+    tokenizer = AutoTokenizer.from_pretrained(TARGET_DIR)
+    model = AutoModelForCausalLM.from_pretrained(TARGET_DIR, dtype=torch.float32).eval()
+    return LocalTarget(
+        model=model,
+        device=model.device,
+        renderer=PromptRenderer(tokenizer, variables={}),
+        end_ids=frozenset({tokenizer.eos_token_id}),
+        section=RegenerateSection(max_tokens=MAX_NEW_TOKENS, seed=seed),
+        max_length=model.config.max_position_embeddings,
     )
-    output = model.generate(
-        **prompts, max_new_tokens=MAX_NEW_TOKENS, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
-    )
-    answers: list[str | None] = []
-    for row in output[:, prompts["input_ids"].shape[1] :].tolist():
-        ended = tokenizer.eos_token_id in row
-        text = tokenizer.decode(row[: row.index(tokenizer.eos_token_id)]) if ended else None
-        answers.append(text)
-    return answers
+
+
+def answer(target: LocalTarget, chats: list[list[dict[str, Any]]], *, first_row: int) -> list[list[dict[str, Any]]]:
+    """The chats with the target's answers, up to the last one that came to an end; those without any are left out."""
+    prompts = [plan_prompt(first_row + index, chat, turns="all") for index, chat in enumerate(chats)]
+    dialogues = [Dialogue(prompt, keep_truncated=False) for prompt in prompts]
+    answer_batch(target, dialogues, is_stopped=lambda: False)
+    return [outcome.messages for dialogue in dialogues if (outcome := dialogue.outcome()).kind == "answered"]
 
 
 @click.command()
@@ -45,31 +55,17 @@ def answer(model: Any, tokenizer: Any, chats: list[list[dict[str, str]]]) -> lis
 @click.option("--out", type=click.Path(path_type=Path), default=CONVERSATIONS_FILE, show_default=True)
 @click.option("--seed", default=1, show_default=True)
 def main(count: int, out: Path, seed: int) -> None:
-    torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(TARGET_DIR, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(TARGET_DIR, dtype=torch.float32).eval()
+    target = load_embedded(seed=seed)
     questions = conversations(read_pairs(), seed=seed)
     random.Random(seed).shuffle(questions)
-    kept: list[dict[str, Any]] = []
+    kept: list[list[dict[str, Any]]] = []
     for start in range(0, count, BATCH_CHATS):
         batch = questions[start : min(start + BATCH_CHATS, count)]
-        chats: list[list[dict[str, str]]] = [[] for _ in batch]
-        for turn in range(max(len(chat) for chat in batch) // 2):
-            open_chats = [
-                index for index, chat in enumerate(batch) if len(chat) > 2 * turn and len(chats[index]) == 2 * turn
-            ]
-            for index in open_chats:
-                chats[index].append(batch[index][2 * turn])
-            for index, text in zip(open_chats, answer(model, tokenizer, [chats[i] for i in open_chats]), strict=True):
-                if text:
-                    chats[index].append({"role": "assistant", "content": text})
-                else:
-                    chats[index].pop()
-        kept.extend({"messages": chat} for chat in chats if chat)
+        kept.extend(answer(target, batch, first_row=start))
         click.echo(f"{len(kept):,} of {min(start + BATCH_CHATS, count):,} conversations kept")
     with out.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as stream:
-        for row in kept:
-            stream.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        for chat in kept:
+            stream.write((json.dumps({"messages": chat}, ensure_ascii=False) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from storage import CacheError
 
 RUN_FILES = ("config.toml", "metrics.jsonl", "evaluation.json")
 TARGET_TENSORS = ("embed_tokens.weight", "lm_head.weight")  # frozen copies of the target's
-UNCOMPARED_KEYS = {"train.run_dir"}
+UNCOMPARED_KEYS = {"train.run_dir", "train.device"}  # where it was, not what it is
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from pipeline.sweep.plan import Point, point_of
 from pipeline.sweep.provenance import describe_origin
 from pipeline.sweep.record import write_trial
 from pipeline.sweep.study import ClaimedTrial, Trials
+from stages.text_files import replace_text
 from stages.train.interrupt import StopRequest
 
 POLL_SECONDS = 1.0
@@ -59,9 +60,10 @@ class Desk:
         values = ", ".join(f"{key} = {value}" for key, value in self._point.items())
         self._say(f"trial {claimed.number + 1} of {self._trials.num_trials}: {values}, in {run_dir}")
         run_dir.mkdir(parents=True, exist_ok=True)
-        # A refused resume must not overwrite what the run was made from.
+        # The training writes it too, once nothing forbids the run; here also a trial that fails before gets one, but
+        # a refused resume must not overwrite what the run was made from.
         if not (run_dir / "checkpoints").exists():
-            (run_dir / "config.toml").write_text(to_toml(trial), encoding="utf-8")
+            replace_text(run_dir / "config.toml", to_toml(trial))
         with open_cache(trial, layers=trial.draft.target_layer_ids) as reader:
             origin = describe_origin(trial, reader)
         self._run_dir = run_dir

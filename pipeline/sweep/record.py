@@ -1,9 +1,10 @@
 """`trial.json` in a trial's run folder: what it was made from and how it ended. Sweeps write it, reports read it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Final
+
+from stages.text_files import replace_text
 
 RECORD_FILE = "trial.json"
 FORMAT_VERSION: Final = 1
@@ -17,13 +18,8 @@ def write_trial(run_dir: Path, fields: dict[str, Any]) -> None:
     reason, step     why and behind which step it was pruned, or why it failed
     origin           `describe_origin`'s
     """
-    file = run_dir / RECORD_FILE
-    temp = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temp.write_text(json.dumps({"format_version": FORMAT_VERSION, **fields}, indent=2) + "\n", encoding="utf-8")
-        temp.replace(file)
-    finally:
-        temp.unlink(missing_ok=True)
+    text = json.dumps({"format_version": FORMAT_VERSION, **fields}, indent=2) + "\n"
+    replace_text(run_dir / RECORD_FILE, text)
 
 
 def read_trial(run_dir: Path) -> dict[str, Any] | None:

@@ -48,10 +48,10 @@ class Tokens:
 
 def parse_row(value: dict[str, Any]) -> Chat | Text | Tokens:
     """The first of `messages`, `conversations`, `input_ids`, `text` that the row has. Raises BadRowError."""
-    if "messages" in value:
-        return Chat(messages=_parse_messages(value["messages"]), tools=_parse_tools(value.get("tools")))
-    if "conversations" in value:
-        return Chat(messages=_parse_messages(value["conversations"]), tools=_parse_tools(value.get("tools")))
+    if (chat := parse_chat(value)) is not None:
+        if not any(message["role"] == "assistant" for message in chat.messages):
+            raise BadRowError("no assistant turn")
+        return chat
     if "input_ids" in value:
         return _parse_tokens(value)
     if "text" in value:
@@ -61,15 +61,23 @@ def parse_row(value: dict[str, Any]) -> Chat | Text | Tokens:
     raise BadRowError("no column messages, conversations, text or input_ids")
 
 
+def parse_chat(value: dict[str, Any]) -> Chat | None:
+    """The row's conversation, whether or not anybody has answered yet; None for a row of another form.
+
+    Raises BadRowError.
+    """
+    for column in ("messages", "conversations"):
+        if column in value:
+            return Chat(messages=_parse_messages(value[column]), tools=_parse_tools(value.get("tools")))
+    return None
+
+
 def _parse_messages(raw: Any) -> list[dict[str, Any]]:
     if not isinstance(raw, list):
         raise BadRowError(f"messages: expected a list, got {type(raw).__name__}")
     if not raw:
         raise BadRowError("empty conversation")
-    messages = [_parse_message(item) for item in raw]
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadRowError("no assistant turn")
-    return messages
+    return [_parse_message(item) for item in raw]
 
 
 def _parse_message(raw: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import transformers
 from stages.device import choose_device
 from stages.extract import target as targets
 from stages.extract.capture import Capture, pad_batch
+from stages.extract.on_policy import describe_regeneration
 from stages.extract.price import (
     Price,
     bound_overhead,
@@ -130,6 +131,7 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
             "host": platform.node(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **describe_regeneration(files, identity=identity),
         },
     )
     data = data.model_copy(update={"max_length": max_length})

@@ -319,5 +319,6 @@ def write_target(destination: Path, *, folder: Path, parts: TargetParts, tokeniz
     head = destination / "head.safetensors"
     try:
         save_file(copies, head)
+        head.chmod(destination.stat().st_mode & 0o666)  # safetensors writes for the owner alone
     except SafetensorError as error:  # also what the system refuses
         raise CacheWriteError(f"{head}: cannot write: {error}; see to the disk and run extract again") from error

@@ -18,6 +18,8 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import flex_attention as flex
 
+from stages.train.compiled import compiled
+
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 GROUP_QUERIES = 112  # measured on two cores: 64 to 256 queries a call are within a tenth of each other
@@ -156,7 +158,8 @@ def _plan_groups(ranges: BlockRanges, query_slots: torch.Tensor | None, *, num_c
 class FlexAttention:
     """torch's flex attention, compiled, over the tiles that some query sees. Arguments as of `GroupedAttention`.
 
-    Tests hold its mask and the eager operator against the dense form; the CUDA kernel has not been run.
+    Tests hold its mask and the eager operator against the dense form; compiled for a CPU, with fixed sizes, it gave the
+    same (by hand); the CUDA kernel has not been run.
     """
 
     def __init__(self, ranges: BlockRanges, query_slots: torch.Tensor | None = None, *, num_context: int) -> None:
@@ -216,7 +219,7 @@ def _listed(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @cache
 def _compiled_flex() -> Any:
-    return torch.compile(flex.flex_attention, dynamic=True)
+    return compiled(flex.flex_attention)
 
 
 def _join(query: torch.Tensor, context: KeyValue, block: KeyValue) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -82,7 +82,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `state.step` atomically and delete all but the last `keep_last`. All ranks call it.
 
-    Raises CheckpointError when the disk is full or refuses; the checkpoints before it are then still there.
+    Raises CheckpointError when the disk is full or refuses, and for weights that are not finite; the checkpoints before
+    it are then still there.
     """
     final = checkpoints / f"step_{state.step:08d}"
     partial = checkpoints / f".{final.name}.{os.getpid()}.partial"
@@ -90,11 +91,12 @@ def save_checkpoint(
     moments = _optimizer_tensors(draft_model, optimizer, ranks=ranks)
     if not ranks.is_first:
         return final
+    _check_finite(weights, where=final)
     with write_errors(final):
         checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in checkpoints.glob(".step_*.partial"):
             shutil.rmtree(leftover)
-        with _publishing(partial, final):
+        with publishing(partial, final):
             _save_weights(partial, draft_model=draft_model, weights=weights)
             save_file(moments, partial / OPTIMIZER_FILE)
             files = {file.name: describe_file(file).model_dump() for file in sorted(partial.iterdir())}
@@ -110,15 +112,16 @@ def save_checkpoint(
 def save_draft(folder: Path, *, draft_model: Qwen3DSparkModel, dtype: torch.dtype, ranks: Ranks = ALONE) -> None:
     """Write the draft as servers load it, its weights in `dtype`; whole or not at all. The model is not cast.
 
-    All ranks call it. Raises CheckpointError when the disk is full or refuses.
+    All ranks call it. Raises CheckpointError when the disk is full or refuses, and for weights that are not finite.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     weights = _whole_weights(draft_model, dtype=dtype, ranks=ranks)
     if not ranks.is_first:
         return
+    _check_finite(weights, where=folder)
     with write_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
-        with _publishing(partial, folder):
+        with publishing(partial, folder):
             _save_weights(partial, draft_model=draft_model, weights=weights)
 
 
@@ -216,6 +219,17 @@ def _whole_weights(draft_model: Qwen3DSparkModel, *, dtype: torch.dtype, ranks: 
     return _collect(tensors, convert=lambda tensor: tensor.to("cpu", dtype), ranks=ranks)
 
 
+def _check_finite(weights: dict[str, torch.Tensor], *, where: Path) -> None:
+    """Keep broken weights from taking the place of whole ones. Raises CheckpointError."""
+    broken = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        dtype = next(iter(weights.values())).dtype
+        raise CheckpointError(
+            f"{where}: not written: {broken[0]} and {len(broken) - 1} other tensors are not finite in {dtype}; lower "
+            "train.lr or raise train.warmup_fraction in a new train.run_dir, or, of an export, choose another dtype"
+        )
+
+
 def _optimizer_tensors(
     draft_model: Qwen3DSparkModel, optimizer: torch.optim.Optimizer, *, ranks: Ranks
 ) -> dict[str, torch.Tensor]:
@@ -282,11 +296,15 @@ def check_folder(path: Path) -> None:
 
 
 @contextmanager
-def _publishing(partial: Path, final: Path) -> Iterator[None]:
-    """Sync the folder that the body fills and give it its name, in one rename; remove it on any error."""
+def publishing(partial: Path, final: Path) -> Iterator[None]:
+    """Sync the folder that the body fills and give it its name, in one rename; remove it on any error.
+
+    Whoever may read the folder may read its files.
+    """
     try:
         yield
         for file in partial.iterdir():
+            file.chmod(partial.stat().st_mode & 0o666)  # safetensors writes for the owner alone
             _fsync(file)
         _fsync(partial)
         if final.exists():

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from stages.train.compiled import compiled
 from stages.train.model import at_least_float32
 
 # On a CPU, what a chunk's element-wise part works on at a time: three such tiles stay in the cache (measured at
@@ -95,7 +96,7 @@ def measure_distances(
 
 @cache
 def compiled_measure() -> Callable[..., Measured]:
-    return torch.compile(measure_distances, dynamic=True)
+    return compiled(measure_distances)
 
 
 class Blocks:

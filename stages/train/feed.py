@@ -40,6 +40,8 @@ class PlannedStep:
     step: int
     epoch: int
     indices: np.ndarray
+    order: str = ""
+    """Digest of the epoch's order: two runs with the same one see the same samples in the same steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,12 @@ class BatchFeed:
         finally:
             thread.stop()
 
+    @cached_property
+    def buffer_tokens(self) -> int:
+        """Tokens that a buffer has room for: the budget, or what the longest samples of a step come to."""
+        lengths = np.sort(self._num_tokens[self.reader.split_indices("train")])
+        return min(self.train.max_batch_tokens, int(lengths[-self.train.global_batch_size :].sum(dtype=np.int64)))
+
     def _shares(self, step: PlannedStep) -> list[range]:
         lengths = self._num_tokens[step.indices].tolist()
         budget = self.train.max_batch_tokens
@@ -145,8 +153,7 @@ class _FeedThread:
         self._ready: SimpleQueue[_Ready | _Ended] = SimpleQueue()
         self._free: SimpleQueue[StagingBuffer | None] = SimpleQueue()
         for _ in range(NUM_BUFFERS):
-            buffer = StagingBuffer(feed.reader, num_tokens=feed.train.max_batch_tokens, device=feed.device)
-            self._free.put(buffer)
+            self._free.put(StagingBuffer(feed.reader, num_tokens=feed.buffer_tokens, device=feed.device))
         self._in_use: StagingBuffer | None = None
         self._started, self._stopped = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, args=(steps,), name="batch-feed", daemon=True)

@@ -51,6 +51,7 @@ def fused_terms(
         weight=supervision.slot_weights[order_N],
         loss_weights=supervision.loss_weights,
         with_top1=with_top1,
+        with_gradients=torch.is_grad_enabled(),
     )
     total, *columns = cast(Any, _Fused.apply)(h_ND[order_N], latent_NR, w2_VR, work)
     cross_entropy, l1, top1 = (
@@ -87,6 +88,7 @@ class _Work:
     weight: torch.Tensor  # [N]
     loss_weights: LossWeights
     with_top1: bool
+    with_gradients: bool  # of what needs them: that is not asked of an operation's own context, nor known within it
 
     @property
     def wide(self) -> torch.dtype:
@@ -134,7 +136,8 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         with torch.autocast(h_ND.device.type, enabled=False):
             columns = _Columns.empty(work)
-            gradients = _Gradients.empty(h_ND, latent_NR, w2_VR, work) if any(ctx.needs_input_grad) else None
+            is_wanted = work.with_gradients and any(ctx.needs_input_grad)
+            gradients = _Gradients.empty(h_ND, latent_NR, w2_VR, work) if is_wanted else None
             _run_chunks(h_ND, latent_NR, w2_VR, work=work, columns=columns, gradients=gradients)
             if gradients is not None:
                 ctx.save_for_backward(gradients.h, gradients.latent, gradients.w2)

@@ -1,19 +1,12 @@
 """Asking a training to stop: a signal sets a flag, the ranks agree on it, and the steps end with a checkpoint."""
 
-import os
-import signal
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from types import FrameType
+from contextlib import contextmanager
 
 import torch
 
+from stages.signals import ask_on_signals
 from stages.train.parallel import Ranks
-
-# Launchers pass on what a terminal sends to all processes at once, so that one Ctrl-C may come twice (torchrun).
-REPEAT_SECONDS = 1.0
 
 
 class StopAskedError(Exception):
@@ -59,39 +52,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGTERM or SIGINT into a StopRequest; a second one, a second later or more, ends the process.
-
-    In the main thread only, since no other may have handlers; those from before are put back at the end.
-    """
+    """Turn the first SIGTERM or SIGINT into a StopRequest; a second one, a second later or more, ends the process."""
     stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
+    with ask_on_signals(stop.ask, notice="the step in progress is finished and a checkpoint written"):
         yield stop
-        return
-    asked_at = 0.0
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        nonlocal asked_at
-        name = signal.Signals(number).name
-        if stop.asked_by is None:
-            stop.ask(name)
-            asked_at = time.monotonic()
-            _say(f"{name}: the step in progress is finished and a checkpoint written; once more ends at once\n")
-        elif time.monotonic() - asked_at > REPEAT_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as for a job in the background
-            before[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-def _say(text: str) -> None:
-    """Write to standard error past its buffer, which the interrupted code may be writing to."""
-    with suppress(OSError):  # closed: nobody reads it
-        os.write(2, text.encode())

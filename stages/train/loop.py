@@ -106,7 +106,7 @@ class Stepper:
 def plan_steps(reader: CacheReader, train: TrainSection, *, schedule: Schedule, start: int) -> Iterator[PlannedStep]:
     """The steps from `start` on, each epoch in its own order; has a remote cache fetch what they will read."""
     indices = reader.split_indices("train")
-    epoch, order = -1, indices
+    epoch, order, digest = -1, indices, ""
     for step in range(start, schedule.num_steps):
         if schedule.epoch(step) != epoch:
             epoch = schedule.epoch(step)
@@ -114,8 +114,8 @@ def plan_steps(reader: CacheReader, train: TrainSection, *, schedule: Schedule, 
             order = indices[plan_windows(reader.shards[indices], window=window, seed=train.seed, epoch=epoch)]
             first = step % schedule.steps_per_epoch * schedule.global_batch_size
             reader.plan_reads(order[first:], **({"num_ahead": window} if window else {}))
-            logger.info("epoch %d: order %s", epoch, digest_order(reader.sample_ids[order])[:16])
-        yield PlannedStep(step=step, epoch=epoch, indices=schedule.batch(step, order))
+            digest = digest_order(reader.sample_ids[order])
+        yield PlannedStep(step=step, epoch=epoch, indices=schedule.batch(step, order), order=digest)
 
 
 def run_steps(
@@ -140,8 +140,8 @@ def run_steps(
     validation = Validation(validate=validate, every=every, num_steps=schedule.num_steps, log=log, stop=stop)
     if start < schedule.num_steps:
         logger.info(
-            "%d conversations, %d of them a step: %d steps an epoch, %d steps in all",
-            schedule.num_samples, train.global_batch_size, schedule.steps_per_epoch, schedule.num_steps,
+            "training on %d conversations, %d a step: steps an epoch: %d, in all: %d",
+            schedule.num_samples, schedule.global_batch_size, schedule.steps_per_epoch, schedule.num_steps,
         )  # fmt: skip
     if stepper.ranks.on_first(lambda: validation.is_missing(start)):
         validation.run(stepper.module, start)
@@ -149,6 +149,7 @@ def run_steps(
         return
     pace = _Pace(num_steps=schedule.num_steps, start=start)
     for planned, batches in feed.run(plan_steps(reader, train, schedule=schedule, start=start)):
+        _note_epoch(planned, is_first=planned.step in (start, planned.epoch * schedule.steps_per_epoch))
         lr = learning_rate(
             planned.step, num_steps=schedule.num_steps, peak=train.lr, warmup_fraction=train.warmup_fraction
         )
@@ -170,6 +171,11 @@ def run_steps(
                 validation.run(stepper.module, done)
                 if stop.agree(stepper.ranks):
                     return
+
+
+def _note_epoch(planned: PlannedStep, *, is_first: bool) -> None:
+    if is_first:
+        logger.info("epoch %d: order %s", planned.epoch, planned.order[:16])
 
 
 def check_supervision(reader: CacheReader) -> None:

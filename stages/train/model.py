@@ -169,11 +169,18 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, which makes loaded parameters trainable: here the target's stay frozen."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_target_head()
-        return loaded
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, which makes loaded parameters trainable: here the target's stay frozen.
+
+        Raises ValueError for a file whose tensors are not those of the config: transformers fills in random numbers.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = [f"no {name}" for name in sorted(info["missing_keys"])]
+        wrong += [f"{name}, which its config does not ask for" for name in sorted(info["unexpected_keys"])]
+        if wrong:
+            raise ValueError(f"{args[0] if args else 'the draft'}: its weights have {'; '.join(wrong)}")
+        model.freeze_target_head()
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in transformers, but with a full `config.json`, defaults included, for readers of other versions."""

@@ -59,7 +59,7 @@ class DSparkStepMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class SlotScores:
-    """Per supervised slot, all [N], in order of row, anchor and slot; the slots of a block lie side by side."""
+    """Per supervised slot, all [N], in order of row, anchor position and slot; those of a block lie side by side."""
 
     row: torch.Tensor
     anchor: torch.Tensor
@@ -121,8 +121,8 @@ class DSparkTrainerModule(nn.Module):
 
         `input_ids [B, S]`; `target_hidden_states [B, S, L*D]`, layers in ascending id order; `loss_mask [B, S]`;
         `target_last_hidden_states [B, S, D]`, after the target's final norm, needed unless `l1_loss_alpha` is 0 and no
-        confidence is trained; `seq_lens [B, documents]`, 0 = none; `anchor_positions [B, A]`, -1 = none, drawn here if
-        not given. Raises ValueError for shapes that do not belong together.
+        confidence is trained; `seq_lens [B, documents]`, 0 = none; `anchor_positions [B, A]` in any order, -1 = none,
+        drawn here if not given. Raises ValueError for shapes that do not belong together.
         """
         supervision, terms = self._run(
             input_ids, target_hidden_states, loss_mask, target_last_hidden_states,

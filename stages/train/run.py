@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, Qwen3Config
 
 from stages.errors import SettingError
+from stages.text_files import replace_text
 from stages.train.checkpoint import (
     CheckpointError,
     TrainerState,
@@ -109,13 +110,14 @@ def build_draft(
     return model
 
 
-def train(
+def train(  # noqa: PLR0913 (three sections, and what a caller joins to the training)
     *,
     reader: CacheReader,
     draft: DraftSection,
     objective: ObjectiveSection,
     train: TrainSection,
     validate: Validate | None = None,
+    config_text: str | None = None,
     stop: StopRequest | None = None,
     profiled: bool = False,
     ranks: Ranks = ALONE,
@@ -123,9 +125,9 @@ def train(
     """Train a draft, or finish the training that `train.run_dir` holds. All ranks call it with the same arguments.
 
     `reader` gives the layers that the draft sees. `validate` measures the module at intervals, which is logged, and may
-    give the training up, which is then ended as by `stop`. The draft that servers load is written to RUN/draft when the
-    last step is done. Once `stop` is asked for, the step in progress is finished and a checkpoint written. `profiled`:
-    a trace goes to RUN/profile.
+    give the training up, which is then ended as by `stop`. `config_text` goes to RUN/config.toml once nothing forbids
+    the run. The draft that servers load is written to RUN/draft when the last step is done. Once `stop` is asked for,
+    the step in progress is finished and a checkpoint written. `profiled`: a trace goes to RUN/profile.
 
     Raises SettingError for settings that do not fit the cache, CheckpointError for a run made from other settings and
     for a disk that is full, CacheError for a damaged cache, NonFiniteLossError, NothingSupervisedError.
@@ -133,6 +135,7 @@ def train(
     # 1. The cache, the schedule, and what this run is made from.
     schedule = plan_schedule(train, num_samples=len(reader.split_indices("train")))
     train = resolve_window(train, is_remote=reader.is_remote)
+    _check_source(draft, run_dir=train.run_dir)
     made_from = describe_inputs(reader, draft=draft, objective=objective, train=train)
     stop = stop or StopRequest()
     draft_dir, checkpoints = train.run_dir / "draft", train.run_dir / "checkpoints"
@@ -144,6 +147,7 @@ def train(
         config = plan_draft(draft, reader)
         if start < schedule.num_steps:
             _check_memory(reader, train, schedule=schedule, config=config, ranks=ranks)
+        ranks.on_first(lambda: _keep_config(train.run_dir, config_text))
         # 3. Model and optimizer.
         model = build_draft(draft, reader, seed=train.seed, config=config)
         module = wrap(DSparkTrainerModule(model, **objective_arguments(objective)), ranks=ranks, train=train)
@@ -187,6 +191,21 @@ def train(
     )
 
 
+def _keep_config(run_dir: Path, config_text: str | None) -> None:
+    """Only now that nothing forbids the run: a refused one must leave the config of the one that is there."""
+    if config_text is not None:
+        replace_text(run_dir / "config.toml", config_text)
+
+
+def _check_source(draft: DraftSection, *, run_dir: Path) -> None:
+    """Refuse a start from what this run itself writes: it would not be found again. Raises SettingError."""
+    if draft.init_from is not None and draft.init_from.resolve().is_relative_to(run_dir.resolve()):
+        raise SettingError(
+            f"draft.init_from: {draft.init_from} lies in train.run_dir, {run_dir}, which this training writes to; set "
+            "train.run_dir to a new folder"
+        )
+
+
 def objective_arguments(objective: ObjectiveSection) -> dict[str, Any]:
     """`DSparkTrainerModule`'s keyword arguments; an infinite gamma means equal weights."""
     arguments = objective.model_dump()
@@ -200,11 +219,13 @@ def describe_inputs(
 ) -> dict[str, Any]:
     """Everything that a resumed run must have in common with the run that it continues, as plain JSON values."""
     model = draft.model_dump(mode="json")
+    model["target_layer_ids"] = list(reader.layers)
     if draft.init_from is not None:  # what the weights are counts, not where they lie
         model["init_from"] = f"sha256 {digest_draft(draft.init_from)}"
     knobs = {key: value for key, value in train.model_dump(mode="json").items() if key not in FREE_TRAIN_KEYS}
     return {
         "cache.identity": reader.identity.digest(),
+        **{f"cache.{key}": value for key, value in reader.identity.model_dump(mode="json").items()},
         "cache.plan": reader.manifest.plan_digest,
         **{f"draft.{key}": value for key, value in model.items()},
         **{f"objective.{key}": value for key, value in objective.model_dump(mode="json").items()},

@@ -73,7 +73,7 @@ class TrainSection(Section):
     """Samples of one optimizer step."""
     max_batch_tokens: int = Field(default=4096, ge=1)
     """Tokens of one packed micro-batch; a longer sample goes alone."""
-    lr: float = Field(default=6e-4, gt=0, allow_inf_nan=False)
+    lr: float = Field(default=6e-4, gt=0, le=1e6, allow_inf_nan=False)
     """Peak learning rate of AdamW."""
     betas: tuple[AveragingFactor, AveragingFactor] = (0.9, 0.95)
     """AdamW's averaging factors, from 0 to below 1."""

@@ -12,7 +12,7 @@ from stages.train.anchors import supervised_slots
 
 @dataclass(frozen=True, kw_only=True)
 class Slots:
-    """The N supervised slots in order of row, anchor and slot, and their M blocks in the same order; all long.
+    """The N supervised slots in order of row, anchor position and slot, and their M blocks in the same order; all long.
 
     `position` a+k is the token that the slot continues: its successor is predicted, and the target's last state there
     gives the target's distribution.
@@ -47,26 +47,27 @@ def find_slots(
     """The supervised slots of a batch."""
     supervised_BAK = supervised_slots(loss_mask_BS, anchor_positions_BA, seq_lens, block_size)
     row_M, anchor_M = supervised_BAK[..., 0].nonzero(as_tuple=True)  # a slot is supervised only if those before it are
-    block, slot = supervised_BAK[row_M, anchor_M].nonzero(as_tuple=True)
-    anchor_position_M = anchor_positions_BA[row_M, anchor_M].long()
     num_tokens = loss_mask_BS.shape[1]
+    block_anchors, order_M = (row_M * num_tokens + anchor_positions_BA[row_M, anchor_M]).sort(stable=True)
+    row_M, anchor_M = row_M[order_M], anchor_M[order_M]
+    block, slot = supervised_BAK[row_M, anchor_M].nonzero(as_tuple=True)
     return Slots(
         row=row_M[block],
         anchor=anchor_M[block],
         slot=slot,
-        position=anchor_position_M[block] + slot,
+        position=block_anchors[block] - row_M[block] * num_tokens + slot,
         block=block,
-        block_anchors=row_M * num_tokens + anchor_position_M,
+        block_anchors=block_anchors,
         num_tokens=num_tokens,
         block_size=block_size,
     )
 
 
 def slot_weights(slot_N: torch.Tensor, loss_decay_gamma: float | None) -> torch.Tensor:
-    """w_k = exp(-k/gamma), or 1 without gamma: float32 [N]."""
+    """w_k = exp(-k/gamma), or 1 without gamma: float32 [N]. In between float64: a tiny gamma would be 0 in float32."""
     if loss_decay_gamma is None:
         return torch.ones_like(slot_N, dtype=torch.float32)
-    return torch.exp(-slot_N.float() / loss_decay_gamma)
+    return torch.exp(-slot_N.double() / loss_decay_gamma).float()
 
 
 def expected_tokens(accept_rate_N: torch.Tensor, slots: Slots) -> torch.Tensor:

@@ -6,6 +6,7 @@ other difference is an error, since a draft with half of its weights from somewh
 
 import hashlib
 import logging
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -13,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import Qwen3Config
 
 from stages.errors import SettingError
+from stages.train.draft_folder import TARGET_TENSORS, WEIGHTS_FILE, check_draft_folder
 from stages.train.model import Qwen3DSparkModel
 
 CONFIDENCE_WEIGHT = "confidence_head.proj.weight"
-TARGET_TENSORS = ("embed_tokens.weight", "lm_head.weight")
 # Fields that no tensor's shape shows, and without which the weights mean something else.
 COMPARED_FIELDS = ("target_layer_ids", "mask_token_id", "rope_parameters", "num_attention_heads", "head_dim")
 COMPARED_ROWS = 256  # of the embeddings of draft and target; no two trained targets share so many
@@ -66,7 +67,7 @@ def load_initial_weights(model: Qwen3DSparkModel, folder: Path) -> list[str]:
     own = model.state_dict()
     for name, tensor in taken.items():
         own[name].copy_(tensor)
-    logger.info("weights from %s: %d tensors; fresh: %s", folder, len(taken), ", ".join(fresh) if fresh else "none")
+    logger.info("weights from %s: %d tensors; fresh: %s", folder, len(taken), _summarize(fresh))
     return fresh
 
 
@@ -89,10 +90,16 @@ def _compare(model: Qwen3DSparkModel, config: Qwen3Config, shapes: dict[str, lis
             continue
         if name not in TARGET_TENSORS and _may_start_fresh(name, config, shapes):
             fresh.append(name)
-        else:
+        elif shapes.get(name) != shape:
             problems.append(f"  {name}: it has {shapes.get(name, 'none')}, this draft {shape}")
     problems.extend(f"  {name}: it has {shapes[name]}, this draft none" for name in shapes if name not in own)
     return fresh, problems
+
+
+def _summarize(names: list[str]) -> str:
+    """Tensors of a layer as one."""
+    parts = Counter(".".join(name.split(".")[:2]) if name.startswith("layers.") else name for name in names)
+    return ", ".join(part if count == 1 else f"{part} ({count} tensors)" for part, count in parts.items()) or "none"
 
 
 def _may_start_fresh(name: str, config: Qwen3Config, shapes: dict[str, list[int]]) -> bool:
@@ -113,10 +120,8 @@ def _kept(fresh: list[str]) -> set[str]:
 
 
 def _weights_file(folder: Path) -> Path:
-    file = folder / "model.safetensors"
-    if not file.is_file() or not (folder / "config.json").is_file():
-        raise SettingError(
-            f"draft.init_from: {folder}: no draft here; expected config.json and model.safetensors, as in a run's "
-            "draft/ or one of its checkpoints/"
-        )
-    return file
+    try:
+        check_draft_folder(folder)
+    except SettingError as error:
+        raise SettingError(f"draft.init_from: {error}") from error
+    return folder / WEIGHTS_FILE

@@ -1,0 +1,65 @@
+"""`dspark export`: a draft or checkpoint read back, and written as servers load it, with a model card."""
+
+from pathlib import Path
+
+import torch
+
+from pipeline.model_card import ExportedDraft, render_card
+from pipeline.run_facts import RunFacts, read_run_facts
+from stages.errors import SettingError
+from stages.train.draft_folder import read_draft
+from stages.train.export import (
+    ExportError,
+    Form,
+    ServedTarget,
+    dspark_fields,
+    export_weights,
+    speculators_fields,
+    write_export,
+)
+
+
+def export_draft(
+    checkpoint: Path,
+    out: Path,
+    *,
+    form: Form,
+    dtype: str,
+    with_target_weights: bool = True,
+    target: str | None = None,
+) -> None:
+    """Write the draft in `checkpoint` to the new folder `out`, whole or not at all.
+
+    `target` is what servers load as the target: a hub id or a path; without it, `target.model` of the run's config.
+    Raises SettingError for a folder without a draft, ExportError for a form that cannot express it and for the disk.
+    """
+    if out.exists():
+        raise ExportError(f"{out}: exists already; name a new folder")
+    facts = read_run_facts(checkpoint)
+    served = _served_target(facts, name=target)
+    model = read_draft(checkpoint)
+    torch_dtype = getattr(torch, dtype)
+    if form == "dspark":
+        fields = dspark_fields(model.config, dtype=torch_dtype)
+    elif served is None:
+        raise SettingError(
+            f"{checkpoint}: the speculators form names the target, and no config.toml of a run lies around this "
+            "folder; add --target with the hub id or path that servers load"
+        )
+    else:
+        fields = speculators_fields(model.config, target=served, dtype=torch_dtype)
+    weights = export_weights(model, dtype=torch_dtype, with_target_weights=with_target_weights)
+    exported = ExportedDraft(
+        form=form,
+        config=model.config,
+        dtype=dtype,
+        with_target_weights=with_target_weights,
+        target=served,
+        name=out.name,
+    )
+    write_export(out, fields=fields, weights=weights, card=render_card(exported, facts))
+
+
+def _served_target(facts: RunFacts, *, name: str | None) -> ServedTarget | None:
+    name = name or (None if facts.config is None else facts.config.target.model)
+    return None if name is None else ServedTarget(name=name, architectures=facts.target_architectures)

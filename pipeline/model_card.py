@@ -1,0 +1,266 @@
+"""The README.md of an exported draft: what it drafts for, what it was trained from, how well, and how to serve it."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from textwrap import dedent
+
+from huggingface_hub import ModelCardData
+from transformers import Qwen3Config
+
+from pipeline.run_facts import HeldOut, RunFacts
+from stages.train.export import SPECULATORS_VERSION, Form, ServedTarget
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# What the files of each form were held against. No server has loaded an export of this project.
+LAYOUT_SOURCES: dict[Form, str] = {
+    "dspark": "the published Qwen3 DSpark drafts of deepseek-ai/DeepSpec, and vLLM 0.33.0's reader of them "
+    "(`vllm/model_executor/models/qwen3_dspark.py`)",
+    "speculators": f"vllm-project/speculators {SPECULATORS_VERSION} (`speculators/models/dspark`), and vLLM 0.33.0's "
+    "reader of its checkpoints (`vllm/transformers_utils/configs/speculators/algos.py`)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedDraft:
+    """What is written beside the card; `name` is the folder's."""
+
+    form: Form
+    config: Qwen3Config
+    dtype: str
+    with_target_weights: bool
+    target: ServedTarget | None
+    name: str
+
+
+def render_card(draft: ExportedDraft, facts: RunFacts) -> str:
+    """The whole README.md, front matter first."""
+    kind = _algorithm(draft.config)
+    sections = [
+        f"# {kind} draft for {_target_title(draft.target)}",
+        f"A draft for speculative decoding: for each verify round of the target it proposes {draft.config.block_size} "
+        f"tokens. It is of use with this target alone. Trained with dspark-offline {version('dspark-offline')} from "
+        "cached hidden states of the target.",
+        _section("Target", _table(_target_rows(draft, facts))),
+        _section("Draft", _table(_draft_rows(draft))),
+        _section("Training", _table(_training_rows(facts)) if facts.config else "Not known: exported without its run."),
+        _section("Acceptance", _acceptance(facts.held_out)),
+        _section("Serving", _serving(draft)),
+        _section(
+            "Licence",
+            "Not stated. Whoever publishes this draft decides, in view of the licences of the target and of the "
+            "training data; add `license:` to the head of this file.",
+        ),
+    ]
+    return f"---\n{_front_matter(draft).strip()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a target's name can only be that of a Hugging Face repository."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def serving_notes(config: Qwen3Config) -> list[str]:
+    """What in this draft a server may not take, or not take as it was trained."""
+    notes = []
+    if config.markov_rank == 0:
+        notes.append(
+            "No Markov head (`markov_rank` 0): SGLang refuses such a draft, and nothing says that vLLM takes it."
+        )
+    elif config.markov_head_type != "vanilla":
+        notes.append(
+            f"Markov head `{config.markov_head_type}`: vLLM 0.33.0 builds the vanilla head only and cannot load "
+            "this draft; SGLang and TensorRT-LLM name all three kinds."
+        )
+    if config.num_target_layers - 1 in config.target_layer_ids:
+        notes.append("It sees the output of the target's last block, which SGLang cannot capture.")
+    if -1 in config.target_layer_ids:
+        notes.append("It sees the target's embeddings (id -1), which not every server captures.")
+    for field in ("logit_scale", "final_logit_softcapping"):
+        if getattr(config, field, None) is not None:
+            notes.append(
+                f"`{field}` applies to the head's logits before the Markov bias is added; vLLM 0.33.0 scales both, and "
+                "knows no soft-cap."
+            )
+    return notes
+
+
+def _front_matter(draft: ExportedDraft) -> str:
+    hub_id = draft.target.name if draft.target is not None and is_hub_id(draft.target.name) else None
+    data = ModelCardData(
+        base_model=hub_id,
+        library_name="speculators" if draft.form == "speculators" else "transformers",
+        pipeline_tag="text-generation",
+        tags=["speculative-decoding", "draft-model", _algorithm(draft.config).lower()],
+    )
+    return str(data.to_yaml())
+
+
+def _algorithm(config: Qwen3Config) -> str:
+    return "DSpark" if config.markov_rank > 0 else "DFlash"
+
+
+def _target_title(target: ServedTarget | None) -> str:
+    """A hub id as it is, of a path the last part: where it lay means nothing to others."""
+    if target is None:
+        return "a target that is not named"
+    return target.name if is_hub_id(target.name) else Path(target.name).name
+
+
+def _target_rows(draft: ExportedDraft, facts: RunFacts) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [("name", _target_title(draft.target))]
+    if draft.target is not None and draft.target.architectures:
+        rows.append(("architecture", ", ".join(draft.target.architectures)))
+    if facts.config is not None and facts.config.target.revision:
+        rows.append(("revision", facts.config.target.revision))
+    config = draft.config
+    rows += [
+        ("blocks", config.num_target_layers),
+        ("hidden size", config.hidden_size),
+        ("vocabulary", config.vocab_size),
+    ]
+    if facts.manifest is not None:
+        identity = facts.manifest.identity
+        rows += [
+            ("config digest", identity.target_config_digest),
+            ("weights digest", identity.target_weights_digest or "not known"),
+            ("tokenizer digest", identity.tokenizer_digest),
+            ("chat template digest", identity.chat_template_digest),
+        ]
+    return rows
+
+
+def _draft_rows(draft: ExportedDraft) -> list[tuple[str, object]]:
+    config = draft.config
+    head = f"{config.markov_head_type}, rank {config.markov_rank}" if config.markov_rank > 0 else "none"
+    confidence = "none"
+    if config.enable_confidence_head:
+        confidence = "sees state and previous token" if config.confidence_head_with_markov else "sees the state alone"
+    layers = ", ".join(str(layer) for layer in config.target_layer_ids)
+    return [
+        ("form", draft.form),
+        ("weights", draft.dtype),
+        ("target's embedding and head", "included" if draft.with_target_weights else "left out"),
+        ("layers", config.num_hidden_layers),
+        ("block size", config.block_size),
+        ("target layers", f"{layers} (k: output of block k, counted from 0; -1: embeddings)"),
+        ("mask token id", config.mask_token_id),
+        ("Markov head", head),
+        ("confidence head", confidence),
+        ("rope", json.dumps(config.rope_parameters, sort_keys=True)),
+        ("slot 0", "predicts the token after the anchor (`sample_from_anchor`)"),
+    ]
+
+
+def _training_rows(facts: RunFacts) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    if facts.step is not None:
+        rows.append(("optimizer steps", f"{facts.step:,}"))
+    if facts.config is not None:
+        train, objective = facts.config.train, facts.config.objective
+        rows += [
+            ("conversations a step", f"{train.global_batch_size:,}"),
+            ("learning rate", train.lr),
+            ("computed in", train.dtype),
+            ("seed", train.seed),
+            (
+                "loss",
+                f"{objective.ce_loss_alpha} x cross-entropy + {objective.l1_loss_alpha} x L1 + "
+                f"{objective.confidence_head_alpha} x confidence",
+            ),
+        ]
+    if facts.manifest is not None:
+        plan, identity = facts.manifest.plan, facts.manifest.identity
+        counts = plan.splits.get("train")
+        if counts is not None:
+            rows.append(("training data", f"{counts.num_samples:,} conversations, {counts.num_tokens:,} tokens"))
+        rows += [
+            ("data digest", identity.data_digest),
+            (
+                "states",
+                f"{identity.encoding}, from a target in {identity.dtype}, at most {identity.max_length:,} tokens",
+            ),
+        ]
+    if facts.cache_digest is not None:
+        rows.append(("cache identity", facts.cache_digest))
+    return rows
+
+
+def _acceptance(held_out: HeldOut | None) -> str:
+    if held_out is None:
+        return "Not measured, or not known to be of these weights."
+    rates = " ".join(f"{rate:.3f}" for rate in held_out.accept_rate_per_pos)
+    return (
+        _table(
+            [
+                ("tau", f"{held_out.tau:.3f} (95 % interval {held_out.tau_low:.3f} to {held_out.tau_high:.3f})"),
+                ("acceptance by slot", rates),
+            ]
+        )
+        + "\n\ntau is the expected number of tokens of a verify round, the bonus token included. Measured on held-out "
+        "conversations from the cached states, with the tokens before each slot given; not by a server."
+    )
+
+
+def _serving(draft: ExportedDraft) -> str:
+    """A command for each server. None of them was run with this draft; what they are taken from is said."""
+    target = "TARGET" if draft.target is None else shlex.quote(_target_title(draft.target))
+    size, folder = draft.config.block_size, f"./{draft.name}"
+    speculative = json.dumps({"method": "dspark", "model": folder, "num_speculative_tokens": size})
+    parts = [
+        "None of these commands was run by whoever exported this draft; flags are those of the servers' own pages. The "
+        f"layout was taken from {LAYOUT_SOURCES[draft.form]}.",
+        *(f"* {note}" for note in serving_notes(draft.config)),
+        "vLLM"
+        if draft.form == "dspark"
+        else "vLLM (v0.26 and before ignored this form's `sample_from_anchor`: not those)",
+        _code(f"vllm serve {target} --speculative-config {shlex.quote(speculative)}"),
+    ]
+    if draft.form == "speculators":
+        parts.append(
+            "SGLang reads this form too, but from which release on is not established, and nothing says that "
+            "TensorRT-LLM does: export with `--format dspark` for them."
+        )
+        return "\n\n".join(parts)
+    return "\n\n".join([*parts, *_other_servers(target, folder, size)])
+
+
+def _other_servers(target: str, folder: str, size: int) -> list[str]:
+    return [
+        "SGLang",
+        _code(
+            f"""
+            python3 -m sglang.launch_server --model-path {target} --speculative-algorithm DSPARK \\
+                --speculative-draft-model-path {shlex.quote(folder)} --speculative-dspark-block-size {size}
+            """
+        ),
+        f"TensorRT-LLM: `trtllm-serve {target} --config dspark.yaml`, with `dspark.yaml`",
+        _code(
+            f"""
+            speculative_config:
+              decoding_type: DSpark
+              speculative_model: {json.dumps(folder)}
+              max_draft_len: {size}
+            """
+        ),
+    ]
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}"
+
+
+def _table(rows: Iterable[tuple[str, object]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)])
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    return "```\n" + dedent(text).strip() + "\n```"

@@ -1,0 +1,241 @@
+"""On-policy data as the command line makes it: the config's conversations, answered by the config's target."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import Config
+from stages.device import choose_device
+from stages.errors import SettingError
+from stages.extract import target as targets
+from stages.extract.conversations import parse_chat
+from stages.extract.rows import BadRowError, DataError, Row, expand_files, read_rows
+from stages.regenerate.prompts import NoTurnError, Prompt, PromptDigest, plan_prompt
+from stages.regenerate.publish import FAILURES
+from stages.regenerate.render import PromptRenderer
+from stages.regenerate.run import RegenerationResult
+from stages.regenerate.run import regenerate as run_regeneration
+from stages.regenerate.settings import RegenerateSection
+from stages.regenerate.work import Backend
+from stages.regeneration_record import MANIFEST, RegenerationIdentity, RegenerationManifest
+from stages.signals import ask_on_signals
+from stages.target_config import choose_max_length
+
+NOTICE = "answers on their way are waited for, ten seconds at most, or a batch in progress is given up"
+NUM_REASONS_SHOWN = 5
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What both back ends need of the config's target: its files, its tokenizer, and how long a sample may be."""
+
+    folder: Path
+    config: Any
+    tokenizer: Any
+    max_length: int
+
+    def renderer(self, section: RegenerateSection) -> PromptRenderer:
+        return PromptRenderer(self.tokenizer, variables=section.chat_template_kwargs)
+
+
+def with_options(config: Config, *, out: Path | None, concurrency: int | None) -> Config:
+    """The config with what the command line names in place of its own."""
+    options = {"path": out, "concurrency": concurrency}
+    changed = {key: value for key, value in options.items() if value is not None}
+    return config.model_copy(update={"regenerate": config.regenerate.model_copy(update=changed)})
+
+
+def regenerate(config: Config, *, endpoint: str | None, is_local: bool) -> RegenerationResult:
+    """Answer the conversations of `data.files`; the same call continues. Raises StageError of some family."""
+    if (endpoint is None) != is_local:
+        raise SettingError("name one back end: --endpoint URL for a server, or --local to run the target here")
+    section, folder = config.regenerate, config.regenerate.path
+    if folder is None:
+        raise SettingError("no folder for the answers; give --out, or regenerate.path in the config")
+    asked = _describe_target(config)
+    files = expand_files(config.data.files)
+    prompts = partial(read_prompts, files, section=section)
+    manifest = RegenerationManifest(
+        identity=_identify(config, asked, digest=_digest_prompts(prompts, config), is_local=is_local),
+        provenance={
+            "target": config.target.model,
+            "data": " ".join(config.data.files),
+            "transformers": transformers.__version__,
+        },
+    )
+    stops: list[str] = []
+    with ask_on_signals(stops.append, notice=NOTICE):
+        return run_regeneration(
+            folder,
+            manifest=manifest,
+            prompts=prompts,
+            backend=partial(_open_local, config, asked)
+            if endpoint is None
+            else partial(_open, endpoint, config, asked),
+            is_stopped=lambda: bool(stops),
+        )
+
+
+def read_prompts(files: list[str], *, section: RegenerateSection, bad: Counter[str] | None = None) -> Iterator[Prompt]:
+    """Every conversation of the files; rows without one are counted in `bad`, by reason."""
+    for number, row in enumerate(read_rows(files)):
+        try:
+            yield _parse_prompt(number, row, section=section)
+        except (BadRowError, NoTurnError) as error:
+            if bad is not None:
+                bad[str(error)] += 1
+
+
+def _parse_prompt(number: int, row: Row, *, section: RegenerateSection) -> Prompt:
+    if row.value is None:
+        raise BadRowError(row.error or "unreadable")
+    chat = parse_chat(row.value)
+    if chat is None:
+        raise BadRowError("no column messages or conversations, so nothing that could be answered")
+    source = f"{row.file} row {row.row}"
+    return plan_prompt(number, chat.messages, turns=section.turns, tools=chat.tools, source=source)
+
+
+def _digest_prompts(prompts: Callable[..., Iterator[Prompt]], config: Config) -> PromptDigest:
+    """One pass over all rows. Raises DataError when too many of them are bad, or none is left."""
+    bad: Counter[str] = Counter()
+    digest = PromptDigest()
+    for prompt in prompts(bad=bad):
+        digest.add(prompt)
+    reasons = "".join(f"\n  {count:,} x {reason}" for reason, count in bad.most_common())
+    if bad.total() > config.data.max_bad_fraction * (bad.total() + digest.num_prompts):
+        raise DataError(
+            f"{bad.total():,} of {bad.total() + digest.num_prompts:,} rows hold no conversation to answer, more than "
+            f"data.max_bad_fraction = {config.data.max_bad_fraction}; mend them or raise the limit{reasons}"
+        )
+    if not digest.num_prompts:
+        raise DataError(f"data.files: no row at all in {' '.join(config.data.files)}")
+    if bad:
+        logger.warning("%s rows are left out:%s", f"{bad.total():,}", reasons)
+    return digest
+
+
+def _describe_target(config: Config) -> Asked:
+    folder = targets.locate_target(config.target)
+    target_config = targets.load_config(folder, trust_remote_code=config.target.trust_remote_code)
+    return Asked(
+        folder=folder,
+        config=target_config,
+        tokenizer=targets.load_tokenizer(folder, target=config.target, chat_template=config.data.chat_template),
+        max_length=choose_max_length(config.data.max_length, target_config),
+    )
+
+
+def _identify(config: Config, asked: Asked, *, digest: PromptDigest, is_local: bool) -> RegenerationIdentity:
+    section, target = config.regenerate, config.target
+    shared = section.model_dump(
+        include={"turns", "temperature", "top_p", "max_tokens", "truncated", "seed", "chat_template_kwargs"}
+    )
+    own: dict[str, Any] = {"served_model": _served_model(config), "extra_body": section.extra_body}
+    if is_local:
+        own = {
+            "target_weights_digest": targets.digest_weights(asked.folder),
+            "dtype": target.dtype,
+            "attn_implementation": target.attn_implementation,
+            "batch_size": section.batch_size,
+        }
+    return RegenerationIdentity(
+        backend="local" if is_local else "endpoint",
+        prompts_digest=digest.hexdigest(),
+        num_prompts=digest.num_prompts,
+        max_length=asked.max_length,
+        target_config_digest=targets.digest_config(asked.config),
+        tokenizer_digest=targets.digest_tokenizer(asked.tokenizer),
+        chat_template_digest=targets.digest_chat_template(asked.tokenizer),
+        **shared,
+        **own,
+    )
+
+
+def _served_model(config: Config) -> str:
+    return config.regenerate.served_model or config.target.model
+
+
+def _open(url: str, config: Config, asked: Asked) -> Backend:
+    from stages.regenerate.endpoint import Endpoint, open_client, run_endpoint
+
+    section = config.regenerate
+    endpoint = Endpoint(
+        client=open_client(url, section=section),
+        model=_served_model(config),
+        section=section,
+        max_length=asked.max_length,
+        renderer=asked.renderer(section),
+    )
+    return partial(run_endpoint, endpoint)
+
+
+def _open_local(config: Config, asked: Asked) -> Backend:
+    from stages.regenerate.local import LocalTarget, run_local
+
+    device = choose_device(config.extract.device)
+    parts = targets.load_target(asked.folder, target=config.target, device=device)
+    ends = targets.eos_token_ids(asked.folder, asked.config) | ({asked.tokenizer.eos_token_id} - {None})
+    if not ends:
+        raise SettingError(f"{asked.folder}: neither config nor tokenizer name an end-of-turn token")
+    target = LocalTarget(
+        model=parts.model,
+        device=parts.device,
+        renderer=asked.renderer(config.regenerate),
+        end_ids=ends,
+        section=config.regenerate,
+        max_length=asked.max_length,
+    )
+    return partial(run_local, target)
+
+
+def show_result(console: Console, result: RegenerationResult) -> None:
+    """What a regeneration did, and how to go on."""
+    counts = result.manifest.counts
+    if result.num_open or counts is None:
+        console.print(
+            f"stopped: {result.num_recorded:,} rows done by this run, {result.num_open:,} open; run the same command "
+            "again to continue",
+            markup=False,
+        )
+        return
+    table = Table(title="regenerated", show_header=False, title_justify="left", title_style="bold")
+    total = result.manifest.identity.num_prompts
+    if not result.num_recorded:
+        table.add_row("asked", "nothing: every conversation has an outcome already")
+    table.add_row("conversations", f"{counts.num_answered:,} of {total:,}, {counts.num_turns:,} turns")
+    table.add_row("tokens", f"{counts.num_tokens:,}")
+    for reasons, title in ((counts.dropped, "dropped"), (counts.failed, "failed")):
+        for reason, count in Counter(reasons).most_common(NUM_REASONS_SHOWN):
+            table.add_row(title, f"{count:,} x {reason}", style="red" if title == "failed" else None)
+    if counts.num_cut:
+        table.add_row("ended early", f"{counts.num_cut:,} conversations, at a turn that could not be answered")
+    if counts.num_truncated:
+        table.add_row("truncated", f"{counts.num_truncated:,} answers that did not end, kept")
+    table.add_row("files", f"{result.folder}/conversations-*.jsonl, {MANIFEST} beside them")
+    console.print(table)
+    for line in _advise(result):
+        console.print(line, markup=False)
+
+
+def _advise(result: RegenerationResult) -> Iterator[str]:
+    counts = result.manifest.counts
+    if counts is not None and (counts.failed or counts.dropped):
+        yield f"every row without a conversation: {result.folder / FAILURES}"
+    if counts is not None and counts.failed:
+        yield "run the same command again to ask for the failed ones once more"
+    if counts is not None and counts.num_prompt_mismatches:
+        yield (
+            f"{counts.num_prompt_mismatches:,} prompts had another length at the endpoint than by this target's chat "
+            "template: the server uses another template, tokenizer or model than extraction will"
+        )

@@ -1,0 +1,1 @@
+"""On-policy data: the assistant turns of conversations, said again by the target itself."""

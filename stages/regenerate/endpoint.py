@@ -1,0 +1,245 @@
+"""The target behind an OpenAI-compatible endpoint: many conversations at a time, each turn a chat completion.
+
+The client repeats what may pass (429, 5xx, 408, 409, timeouts, lost connections) with exponential backoff and jitter,
+and waits as long as `Retry-After` says, up to two minutes. What is left is told apart here: an error of the row, or one
+that every row would meet, which ends the run.
+"""
+
+import asyncio
+import os
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+from openai import AsyncOpenAI
+from openai.types.chat import ChatCompletion
+
+from stages.regenerate.dialogue import Answer, Dialogue, Outcome
+from stages.regenerate.prompts import Message, Prompt, seed_of
+from stages.regenerate.render import NO_ROOM, PromptRenderer, RenderError, plan_tokens
+from stages.regenerate.settings import RegenerateSection
+from stages.regenerate.work import Work
+from stages.regeneration_record import RegenerationError
+
+GRACE_SECONDS = 10.0  # how long a stopped run waits for answers that are on their way; batch systems give 30
+POLL_SECONDS = 0.2
+MAX_BACKOFF_SECONDS = 8.0  # as the client's
+# Fewer failures in a row may be the rows' own; more mean that the endpoint is gone, or refuses all of them.
+MIN_FAILURES_TO_STOP = 32
+FIRST = asyncio.FIRST_COMPLETED
+MAX_DETAIL_CHARS = 300
+NO_KEY = "none"  # servers without a key ignore it, and the client wants one
+
+
+class AskError(Exception):
+    """There is no answer to one row; the message is the cause that the report counts."""
+
+
+class MalformedError(AskError):
+    """The endpoint sent something that is no chat completion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """Where to ask, and how. `model` is the name that the endpoint knows the target by."""
+
+    client: AsyncOpenAI
+    model: str
+    section: RegenerateSection
+    max_length: int
+    renderer: PromptRenderer
+
+    async def ask(self, messages: list[Message], *, tools: list[Any] | None, max_tokens: int, seed: int) -> Answer:
+        """One answer. Raises AskError for this row's trouble, RegenerationError for everybody's."""
+        request = plan_request(self, messages, tools=tools, max_tokens=max_tokens, seed=seed)
+        for attempt in range(self.section.max_retries + 1):
+            try:
+                return parse_completion(await self.client.chat.completions.create(**request))
+            except openai.OpenAIError as error:
+                raise self._explain(error) from error
+            except (MalformedError, ValueError) as error:  # ValueError: a body that is no JSON
+                if attempt == self.section.max_retries:
+                    raise AskError(f"malformed answer: {error}") from error
+                await asyncio.sleep(min(0.5 * 2**attempt, MAX_BACKOFF_SECONDS) * random.uniform(0.75, 1.0))  # noqa: S311
+        raise AssertionError("the last attempt returns or raises")
+
+    async def converse(self, prompt: Prompt) -> Outcome:
+        """Ask for one turn after the other. Raises RegenerationError for trouble that every row would meet."""
+        section = self.section
+        dialogue = Dialogue(prompt, keep_truncated=section.truncated == "keep")
+        while dialogue.is_open:
+            try:
+                num_prompt = len(self.renderer(dialogue.messages, tools=dialogue.tools))
+                room = plan_tokens(num_prompt, max_tokens=section.max_tokens, max_length=self.max_length)
+                if room < 1:
+                    dialogue.end(NO_ROOM)
+                    break
+                seed = seed_of(section.seed, row=dialogue.row, turn=dialogue.turn)
+                answer = await self.ask(dialogue.messages, tools=dialogue.tools, max_tokens=room, seed=seed)
+                self._check_reasoning(answer, dialogue)
+                dialogue.take(answer, num_prompt_tokens=num_prompt)
+            except (RenderError, AskError) as error:
+                dialogue.fail(str(error))
+        return dialogue.outcome()
+
+    def _check_reasoning(self, answer: Answer, dialogue: Dialogue) -> None:
+        """An answer that the cache would hold without the thinking before it is none that the target gives."""
+        if not answer.reasoning:
+            return
+        said = {"role": "assistant", "content": answer.content, "reasoning_content": answer.reasoning}
+        if not self.renderer.shows([*dialogue.messages, said], answer.reasoning, tools=dialogue.tools):
+            raise RegenerationError(
+                f"{self.url}: sends thinking apart from the answer, and the target's chat template does not render "
+                "reasoning_content, so the cache would lack it; start the server without a reasoning parser, switch "
+                "it off in regenerate.chat_template_kwargs, or name a template that renders it in data.chat_template"
+            )
+
+    def _explain(self, error: openai.OpenAIError) -> Exception:
+        """The error of a row, or of the run."""
+        # The client's own message leaves out bodies that are not of OpenAI's form.
+        detail = self._scrub(error.response.text if isinstance(error, openai.APIStatusError) else str(error))
+        match error:
+            case openai.AuthenticationError():
+                return RegenerationError(
+                    f"{self.url}: refuses the key (401): {detail}; set OPENAI_API_KEY to a valid one"
+                )
+            case openai.NotFoundError():
+                return RegenerationError(
+                    f"{self.url}: does not know the path or the model {self.model!r} (404): {detail}; an address "
+                    "mostly ends in /v1, and regenerate.served_model must be the name that the server gives the target"
+                )
+            case openai.APITimeoutError():
+                return AskError(f"no answer in time: {self.section.timeout_seconds:g} s")
+            case openai.APIStatusError(status_code=status):
+                return AskError(f"status {status}: {detail}")
+            case openai.APIConnectionError():
+                return AskError(f"lost connection: {self._scrub(repr(error.__cause__ or error))}")
+        return AskError(f"client error: {detail}")
+
+    def _scrub(self, text: str) -> str:
+        """A detail short enough to be kept, without the key."""
+        key = self.client.api_key
+        text = text if key == NO_KEY else text.replace(key, "***")
+        return text[:MAX_DETAIL_CHARS].encode(errors="replace").decode()
+
+    @property
+    def url(self) -> str:
+        return str(self.client.base_url)
+
+
+def run_endpoint(endpoint: Endpoint, prompts: Iterable[Prompt], work: Work) -> None:
+    """The back end. Raises RegenerationError when going on is of no use; what was answered is recorded by then."""
+    waiting = (prompt for prompt in prompts if not work.is_finished(prompt))
+    asyncio.run(_converse_all(endpoint, waiting, work))
+
+
+async def _converse_all(endpoint: Endpoint, waiting: Iterator[Prompt], work: Work) -> None:
+    pending: set[asyncio.Task[Outcome]] = set()
+    watch = _FailureWatch(limit=max(MIN_FAILURES_TO_STOP, 2 * endpoint.section.concurrency))
+    async with endpoint.client:
+        try:
+            while True:
+                while len(pending) < endpoint.section.concurrency and not work.is_stopped():
+                    if (prompt := next(waiting, None)) is None:
+                        break
+                    pending.add(asyncio.create_task(endpoint.converse(prompt)))
+                if not pending:
+                    return
+                is_last = work.is_stopped()
+                timing = {"timeout": GRACE_SECONDS} if is_last else {"timeout": POLL_SECONDS, "return_when": FIRST}
+                done, pending = await asyncio.wait(pending, **timing)
+                watch.check(_record(done, work), url=endpoint.url)
+                if is_last:
+                    return
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+
+
+def _record(done: set[asyncio.Task[Outcome]], work: Work) -> list[Outcome]:
+    """Record what went well before the first error is raised."""
+    errors = [error for task in done if (error := task.exception()) is not None]
+    outcomes = [task.result() for task in done if task.exception() is None]
+    work.record(outcomes)
+    if errors:
+        raise errors[0]
+    return outcomes
+
+
+class _FailureWatch:
+    """Ends a run in which one row after the other fails: the endpoint is gone, or refuses all of them."""
+
+    def __init__(self, *, limit: int) -> None:
+        self._limit = limit
+        self._num_in_a_row = 0
+
+    def check(self, outcomes: list[Outcome], *, url: str) -> None:
+        for outcome in outcomes:
+            self._num_in_a_row = self._num_in_a_row + 1 if outcome.kind == "failed" else 0
+            if self._num_in_a_row >= self._limit:
+                raise RegenerationError(
+                    f"{url}: {self._num_in_a_row} rows in a row failed, the last with {outcome.reason}; see to the "
+                    "endpoint and run the same command again: it asks only for what has no answer"
+                )
+
+
+def open_client(url: str, *, section: RegenerateSection) -> AsyncOpenAI:
+    """A client whose key is `OPENAI_API_KEY` of the environment. Raises RegenerationError for what is no address."""
+    if not url.startswith(("http://", "https://")):
+        raise RegenerationError(f"--endpoint: expected an address such as http://host:8000/v1, got {url!r}")
+    return AsyncOpenAI(
+        base_url=url,
+        api_key=os.environ.get("OPENAI_API_KEY") or NO_KEY,
+        timeout=section.timeout_seconds,
+        max_retries=section.max_retries,
+    )
+
+
+def plan_request(
+    endpoint: Endpoint, messages: list[Message], *, tools: list[Any] | None, max_tokens: int, seed: int
+) -> dict[str, Any]:
+    """The fields of one request."""
+    section = endpoint.section
+    variables = {"chat_template_kwargs": section.chat_template_kwargs} if section.chat_template_kwargs else {}
+    request = {
+        "model": endpoint.model,
+        "messages": messages,
+        "temperature": section.temperature,
+        "top_p": section.top_p,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "extra_body": variables | section.extra_body,
+    }
+    return request | ({"tools": tools} if tools else {})
+
+
+def parse_completion(completion: Any) -> Answer:
+    """The client checks nothing of what arrives. Raises MalformedError.
+
+    Thinking may come in a field of its own, `reasoning_content` or `reasoning`, or within the content.
+    """
+    choices: Any = completion.choices if isinstance(completion, ChatCompletion) else None
+    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+    if message is None:
+        raise MalformedError("no chat completion")
+    content = message.content or ""
+    reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    if not isinstance(content, str) or not isinstance(reasoning, str | None):
+        raise MalformedError("content that is no text")
+    usage = completion.usage
+    return Answer(
+        content=content,
+        reasoning=reasoning,
+        is_complete=choices[0].finish_reason not in (None, "length", "content_filter"),
+        calls_tool=bool(message.tool_calls),
+        num_tokens=_count(usage, "completion_tokens") or 0,
+        num_prompt_tokens=_count(usage, "prompt_tokens"),
+    )
+
+
+def _count(usage: Any, name: str) -> int | None:
+    count = getattr(usage, name, None)
+    return count if isinstance(count, int) else None

@@ -1,0 +1,64 @@
+"""Reading a draft back from its folder, and refusing one that was exported for servers alone.
+
+Whatever trains from a draft, scores it or exports it again reads it here: transformers fills tensors that a file lacks
+with random numbers, and such a draft fails in silence.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from stages.errors import SettingError
+from stages.train.model import Qwen3DSparkModel
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+TARGET_TENSORS = ("embed_tokens.weight", "lm_head.weight")
+"""What a draft has from its target, unchanged; a server has it already."""
+
+
+def read_draft(folder: Path) -> Qwen3DSparkModel:
+    """The draft in `folder`, in float32 on the CPU. Raises SettingError."""
+    check_draft_folder(folder)
+    try:
+        model: Qwen3DSparkModel = Qwen3DSparkModel.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise SettingError(f"{folder}: cannot be read as a draft: {error}") from error
+    return model
+
+
+def check_draft_folder(folder: Path) -> None:
+    """Raise SettingError unless the folder holds a draft that this project reads: config, and all weights."""
+    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise SettingError(
+            f"{folder}: no draft here; expected {CONFIG_FILE} and {WEIGHTS_FILE}, as in a run's draft/ or one of its "
+            "checkpoints/; train one first, or name its folder"
+        )
+    if _is_speculators_form(folder):
+        raise SettingError(
+            f"{folder}: is in the speculators form, which only servers read; name the run's draft/ or the checkpoint "
+            "that it was exported from"
+        )
+    missing = sorted(set(TARGET_TENSORS) - _tensor_names(folder))
+    if missing:
+        raise SettingError(
+            f"{folder}: lacks the target's {' and '.join(missing)}, which a server has from its target; name the run's "
+            "draft/ or the checkpoint that it was exported from, or export that without --without-target-weights"
+        )
+
+
+def _is_speculators_form(folder: Path) -> bool:
+    try:
+        fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingError(f"{folder}: cannot be read as a draft: {CONFIG_FILE}: {error}") from error
+    return isinstance(fields, dict) and "speculators_model_type" in fields
+
+
+def _tensor_names(folder: Path) -> set[str]:
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
+            return set(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise SettingError(f"{folder}: cannot be read as a draft: {WEIGHTS_FILE}: {error}") from error

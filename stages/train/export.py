@@ -1,0 +1,143 @@
+"""A trained draft as a folder for servers, in one of two forms, written whole or not at all.
+
+`dspark`       the form of the published Qwen3 DSpark drafts (deepseek-ai/DeepSpec): a flat `config.json`. What
+               `RUN/draft` is; this project reads it back.
+`speculators`  the form of vllm-project/speculators 0.9.0 (`DSparkSpeculatorConfig`, `DSparkDraftModel`), which vLLM's
+               reader of such checkpoints takes: the backbone's config inside `transformer_layer_config`, the rest
+               beside it. The tensors have the same names and meaning in both.
+
+Layer ids differ: here, and in the first form, k is the output of block k; speculators counts the inputs of blocks, so
+that its id is k + 1.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import Qwen3Config
+
+from stages.errors import StageError
+from stages.train.checkpoint import publishing
+from stages.train.draft_folder import CONFIG_FILE, TARGET_TENSORS, WEIGHTS_FILE
+from stages.train.model import Qwen3DSparkModel, config_fields
+
+Form = Literal["dspark", "speculators"]
+FORMS: tuple[Form, ...] = ("dspark", "speculators")
+SPECULATORS_VERSION = "0.9.0"  # the release whose layout is written
+CARD_FILE = "README.md"
+
+# Fields of the draft that both forms have under the same name.
+_COMMON_FIELDS = (
+    "block_size", "mask_token_id", "sample_from_anchor", "markov_rank", "markov_head_type", "enable_confidence_head",
+    "confidence_head_with_markov",
+)  # fmt: skip
+# Fields of the first form that the second spells otherwise, or has no use for.
+_DSPARK_FIELDS = (*_COMMON_FIELDS, "architectures", "target_layer_ids", "num_target_layers", "num_anchors")
+_LOGIT_FIELDS = ("logit_scale", "final_logit_softcapping")
+
+
+class ExportError(StageError, ValueError):
+    """The draft cannot be written in the form that was asked for, or not to that place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedTarget:
+    """The target as a server is told of it: hub id or path, and `architectures` of its config.json where known."""
+
+    name: str
+    architectures: tuple[str, ...] = ()
+
+
+def dspark_fields(config: Qwen3Config, *, dtype: torch.dtype) -> dict[str, Any]:
+    """`config.json` of the `dspark` form, every field written out."""
+    return config_fields(config) | {"dtype": _dtype_name(dtype)}
+
+
+def speculators_fields(config: Qwen3Config, *, target: ServedTarget, dtype: torch.dtype) -> dict[str, Any]:
+    """`config.json` of the `speculators` form, every field written out. Raises ExportError for what it cannot say."""
+    _check_expressible(config)
+    fields = dspark_fields(config, dtype=dtype)
+    common = {name: fields[name] for name in _COMMON_FIELDS}
+    backbone = {name: value for name, value in fields.items() if name not in _DSPARK_FIELDS}
+    return {
+        "architectures": ["DSparkDraftModel"],
+        "speculators_model_type": "dspark",
+        "speculators_version": SPECULATORS_VERSION,
+        "speculators_config": {
+            "algorithm": "dspark",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": fields["block_size"],  # the anchor's slot proposes a token too
+                    "verifier_accept_k": 1,
+                    "accept_tolerance": 0.0,
+                }
+            ],
+            "verifier": {"name_or_path": target.name, "architectures": list(target.architectures)},
+        },
+        "transformer_layer_config": backbone,
+        **common,
+        "aux_hidden_state_layer_ids": [layer + 1 for layer in fields["target_layer_ids"]],
+        "target_hidden_size": fields["hidden_size"],
+        "draft_vocab_size": fields["vocab_size"],  # the whole vocabulary: no d2t, no t2d
+        # All layers see their block in both directions. A reader that knows one flag for all takes this one.
+        "sliding_window_non_causal": True,
+        "tie_word_embeddings": False,
+        "dtype": fields["dtype"],
+    }
+
+
+def export_weights(
+    model: Qwen3DSparkModel, *, dtype: torch.dtype, with_target_weights: bool
+) -> dict[str, torch.Tensor]:
+    """The draft's tensors by name, in `dtype`. Raises ExportError where a value does not fit the dtype."""
+    left_out = () if with_target_weights else TARGET_TENSORS
+    weights = {
+        name: tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in left_out
+    }
+    broken = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise ExportError(
+            f"not finite in {_dtype_name(dtype)}: {', '.join(broken)}; export as bfloat16 or float32, or another "
+            "checkpoint"
+        )
+    return weights
+
+
+def write_export(out: Path, *, fields: dict[str, Any], weights: dict[str, torch.Tensor], card: str) -> None:
+    """Write the folder `out` whole or not at all. Raises ExportError, also where there is something already."""
+    if out.exists() or out.is_symlink():
+        raise ExportError(f"{out}: exists already; name a new folder")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        with publishing(partial, out):
+            save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+            (partial / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            (partial / CARD_FILE).write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise ExportError(
+            f"{out}: cannot write: {error}; nothing of it is left. Free some space, or name another folder"
+        ) from error
+
+
+def _check_expressible(config: Qwen3Config) -> None:
+    """The library multiplies a slot's state by the head and adds the Markov bias, and does nothing else to it."""
+    given = [f"{name} {value}" for name in _LOGIT_FIELDS if (value := getattr(config, name, None)) is not None]
+    if given:
+        raise ExportError(
+            f"the speculators form has no place for the target's {' and '.join(given)}, without which the draft's "
+            "logits are others; use --format dspark"
+        )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

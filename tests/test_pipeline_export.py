@@ -1,0 +1,187 @@
+"""`dspark export` over a real run: both forms, the model card, and what must not be said."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from pipeline.cli import main
+from pipeline.config import to_toml
+from pipeline.model_card import is_hub_id
+from served_draft import load_served
+from tiny_target import make_config
+
+
+def dspark(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps, with checkpoints at the second and the third, evaluated."""
+    folder = tmp_path_factory.mktemp("exported")
+    config = make_config(folder, train__max_steps=3, train__checkpoint_every=2)
+    (folder / "config.toml").write_text(to_toml(config))
+    assert dspark("train", "--extract", folder / "config.toml").exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def run(base: Path, tmp_path: Path) -> Path:
+    """A copy of the run, which may be damaged; its cache is shared."""
+    return Path(shutil.copytree(base / "run", tmp_path / "run"))
+
+
+def card_of(folder: Path) -> tuple[dict[str, object], str]:
+    """Front matter and body."""
+    _, head, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def test_the_card_says_what_the_run_knows(base: Path, run: Path, tmp_path: Path) -> None:
+    assert dspark("export", run / "draft", tmp_path / "out").exit_code == 0
+    head, card = card_of(tmp_path / "out")
+    assert head == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["speculative-decoding", "draft-model", "dspark"],
+    }
+    identity = json.loads((base / "cache" / "manifest.json").read_text())["header"]["identity"]
+    numbers = json.loads((run / "evaluation.json").read_text())
+    for expected in (
+        "# DSpark draft for target\n",
+        "| architecture | Qwen3ForCausalLM |",
+        f"| weights digest | {identity['target_weights_digest']} |",
+        f"| data digest | {identity['data_digest']} |",
+        "| optimizer steps | 3 |",
+        "| states | bf16, from a target in bfloat16, at most 1,024 tokens |",
+        "conversations, ", " tokens |",
+        f"| tau | {numbers['tau']:.3f} (95 % interval {numbers['tau_low']:.3f} to {numbers['tau_high']:.3f}) |",
+        "| acceptance by slot | " + " ".join(f"{rate:.3f}" for rate in numbers["accept_rate_per_pos"]),
+        "| target layers | -1, 1, 3 (k:", "| mask token id | 4080 |", "| block size | 4 |",
+        "vllm serve target --speculative-config "
+        '\'{"method": "dspark", "model": "./out", "num_speculative_tokens": 4}\'',
+        "--speculative-algorithm DSPARK", "decoding_type: DSpark", "None of these commands was run",
+        "## Licence\n\nNot stated.",
+    ):  # fmt: skip
+        assert expected in card, expected
+    assert str(base) not in card, "a path of this machine"
+    assert str(tmp_path) not in card
+    load_served(tmp_path / "out")
+
+
+def test_the_speculators_form(base: Path, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--format", "speculators", "--without-target-weights", "--dtype", "float32")
+    assert dspark("export", run / "draft", out, *arguments, "--target", "Some-Org/Big-Model").exit_code == 0
+    fields = json.loads((out / "config.json").read_text())
+    assert fields["speculators_config"]["verifier"] == {
+        "name_or_path": "Some-Org/Big-Model",
+        "architectures": ["Qwen3ForCausalLM"],
+    }
+    assert fields["aux_hidden_state_layer_ids"] == [0, 2, 4]
+    head, card = card_of(out)
+    assert head["base_model"] == "Some-Org/Big-Model"
+    assert head["library_name"] == "speculators"
+    assert "vllm serve Some-Org/Big-Model" in card
+    assert "left out" in card
+    assert "speculators 0.9.0" in card
+    assert dspark("export", run / "draft", tmp_path / "own", *arguments).exit_code == 0
+    own = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert own["speculators_config"]["verifier"]["name_or_path"] == str(base / "target")
+    assert "base_model" not in card_of(tmp_path / "own")[0]
+
+
+def test_metrics_are_those_of_the_exported_weights(run: Path, tmp_path: Path) -> None:
+    for step, is_final in ((2, False), (3, True)):
+        out = tmp_path / f"step{step}"
+        assert dspark("export", run / "checkpoints" / f"step_{step:08d}", out).exit_code == 0
+        card = card_of(out)[1]
+        assert f"| optimizer steps | {step} |" in card
+        assert ("| tau |" in card) == is_final
+        assert ("not known to be of these weights" in card) != is_final
+    shutil.rmtree(run / "draft")  # a run that is not finished: its evaluation is of something else
+    assert dspark("export", run / "checkpoints" / "step_00000003", tmp_path / "open").exit_code == 0
+    assert "| tau |" not in card_of(tmp_path / "open")[1]
+
+
+def test_an_evaluation_may_say_more_and_must_not_be_broken(run: Path, tmp_path: Path) -> None:
+    file = run / "evaluation.json"
+    numbers = json.loads(file.read_text()) | {"format_version": 2, "per_slot": [{"ece": None}]}
+    file.write_text(json.dumps(numbers))
+    assert dspark("export", run / "draft", tmp_path / "more").exit_code == 0
+    assert "| tau |" in card_of(tmp_path / "more")[1]
+    for name, text in (("cut", '{"tau": 1'), ("nan", json.dumps(numbers | {"tau": float("nan")})), ("list", "[]")):
+        file.write_text(text)
+        result = dspark("export", run / "draft", tmp_path / name)
+        assert result.exit_code == 0
+        assert "| tau |" not in card_of(tmp_path / name)[1]
+        assert "says nothing of" in result.output
+
+
+def test_a_draft_away_from_its_run(run: Path, tmp_path: Path) -> None:
+    alone = Path(shutil.copytree(run / "draft", tmp_path / "alone"))
+    assert dspark("export", alone, tmp_path / "out").exit_code == 0
+    card = card_of(tmp_path / "out")[1]
+    assert "a target that is not named" in card
+    assert "Not known: exported without its run." in card
+    result = dspark("export", alone, tmp_path / "spec", "--format", "speculators")
+    assert result.exit_code == 1
+    assert "add --target with the hub id or path" in result.output
+    assert not (tmp_path / "spec").exists()
+
+
+def test_another_cache_is_not_taken_for_the_run_s(base: Path, run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(base / "cache", tmp_path / "cache"))
+    text = (run / "config.toml").read_text().replace(str(base / "cache"), str(other))
+    (run / "config.toml").write_text(text)
+    state_file = run / "checkpoints" / "step_00000003" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    state["made_from"]["cache.identity"] = "0" * 64
+    state_file.write_text(json.dumps(state))
+    result = dspark("export", run / "draft", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "is another one" in result.output
+    card = card_of(tmp_path / "out")[1]
+    assert "weights digest" not in card
+    assert f"| cache identity | {'0' * 64} |" in card
+    shutil.rmtree(other)
+    assert "is not at" in dspark("export", run / "draft", tmp_path / "again").output
+
+
+def test_what_is_for_servers_is_neither_evaluated_nor_exported_again(base: Path, run: Path, tmp_path: Path) -> None:
+    thin, form = tmp_path / "thin", tmp_path / "form"
+    assert dspark("export", run / "draft", thin, "--without-target-weights").exit_code == 0
+    assert dspark("export", run / "draft", form, "--format", "speculators").exit_code == 0
+    for folder, message in ((thin, "lacks the target's"), (form, "is in the speculators form")):
+        evaluated = dspark("evaluate", base / "config.toml", "--draft", folder)
+        assert (evaluated.exit_code, message in evaluated.output) == (1, True)
+        again = dspark("export", folder, tmp_path / "again")
+        assert (again.exit_code, message in again.output) == (1, True)
+        trained = dspark(
+            "train", base / "config.toml", "--set", f"draft.init_from={folder}",
+            "--set", f"train.run_dir={tmp_path / 'new'}",
+        )  # fmt: skip
+        assert (trained.exit_code, f"draft.init_from: {folder}: {message}" in trained.output) == (1, True)
+
+
+def test_a_whole_export_is_a_draft_like_any_other(base: Path, run: Path, tmp_path: Path) -> None:
+    assert dspark("export", run / "draft", tmp_path / "out", "--dtype", "float32").exit_code == 0
+    assert dspark("evaluate", base / "config.toml", "--draft", tmp_path / "out").exit_code == 0
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == json.loads(
+        (run / "evaluation.json").read_text()
+    )
+    assert dspark("export", tmp_path / "out", tmp_path / "twice").exit_code == 0
+    assert "| tau |" in card_of(tmp_path / "twice")[1]
+    assert "exists already" in dspark("export", run / "draft", tmp_path / "out").output
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("Qwen/Qwen3-4B", True), ("a/b.c_d", True), ("/models/x", False), ("x", False), ("a/b/c", False), ("./a", False)],
+)
+def test_names_of_the_hub(name: str, expected: bool) -> None:
+    assert is_hub_id(name) == expected

@@ -1,0 +1,348 @@
+"""An endpoint that misbehaves in every way we know of, and transformers' own server that does not."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bad_server import Seen, bad_server
+from pipeline import regeneration
+from pipeline.config import Config, to_toml
+from pipeline.embedded import TARGET_DIR
+from stages.errors import SettingError
+from stages.regenerate import endpoint as endpoints
+from stages.regenerate.prompts import seed_of
+from stages.regenerate.settings import RegenerateSection
+from stages.regeneration_record import RegenerationError
+from tiny_target import make_config, write_jsonl
+
+ROOT = Path(__file__).parent.parent
+KEY = "sk-a-secret-of-the-environment"
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(endpoints, "GRACE_SECONDS", 2.0)
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, Seen]]:
+    with bad_server() as running:
+        yield running
+
+
+def ask_for(folder: Path, questions: list[str | list[str]], **section: Any) -> Config:
+    """A run over these questions; several in a list are the turns of one conversation."""
+    rows = []
+    for question in questions:
+        turns = [question] if isinstance(question, str) else question
+        messages = [
+            message
+            for turn in turns
+            for message in ({"role": "user", "content": turn}, {"role": "assistant", "content": "recorded"})
+        ]
+        rows.append({"messages": messages})
+    config = make_config(folder)
+    write_jsonl(folder / "chats.jsonl", rows)
+    fields = {"path": folder / "out", "max_retries": 2, "timeout_seconds": 5.0, **section}
+    return config.model_copy(update={"regenerate": RegenerateSection(**fields)})
+
+
+def run(config: Config, url: str) -> Any:
+    return regeneration.regenerate(config, endpoint=url, is_local=False)
+
+
+def read_answers(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    rows = [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    assert len({row["row"] for row in rows}) == len(rows), "no row twice"
+    return {row["row"]: row["messages"] for row in rows}
+
+
+def read_failures(folder: Path) -> dict[int, tuple[str, str]]:
+    rows = [json.loads(line) for line in (folder / "work" / "failures.jsonl").read_text().splitlines()]
+    return {row["row"]: (row["kind"], row["reason"]) for row in rows}
+
+
+def test_what_passes_is_asked_again_until_it_is_answered(tmp_path: Path, server: tuple[str, Seen]) -> None:
+    url, seen = server
+    modes = ["429", "500", "503", "reset", "truncated", "garbage", "html", "nochoices", "list", "slow", "fine"]
+    questions: list[str | list[str]] = [f"{mode} please" for mode in modes]
+    result = run(ask_for(tmp_path, questions, timeout_seconds=0.4), url)
+    answers = read_answers(tmp_path / "out")
+    assert {row: messages[-1]["content"] for row, messages in answers.items()} == {
+        row: f"answer to {question}" for row, question in enumerate(questions)
+    }
+    assert seen.attempts() == {question: 1 if question == "fine please" else 2 for question in questions}
+    first, second = seen.times["429 please"]
+    assert second - first >= 1.0, "Retry-After"
+    first, second = seen.times["500 please"]
+    assert second - first > 0.3
+    assert result.manifest.counts.failed == {}
+    assert read_failures(tmp_path / "out") == {}
+
+
+def test_what_does_not_pass_is_listed_with_its_cause_and_asked_again_by_the_next_run(
+    tmp_path: Path, server: tuple[str, Seen]
+) -> None:
+    url, seen = server
+    config = ask_for(tmp_path, ["always500 a", "fine b", "400 c", "noise d", "fine e"], max_retries=1)
+    result = run(config, url)
+    assert sorted(read_answers(tmp_path / "out")) == [1, 4]
+    failures = read_failures(tmp_path / "out")
+    assert failures[0][0] == failures[2][0] == failures[3][0] == "failed"
+    assert failures[0][1].startswith("status 500: ")
+    assert "broken for good" in failures[0][1]
+    assert "maximum context length" in failures[2][1]
+    assert failures[3][1] == "malformed answer: content that is no text"
+    assert result.manifest.counts.failed == {"status 500": 1, "status 400": 1, "malformed answer": 1}
+    assert seen.attempts() == {"always500 a": 2, "fine b": 1, "400 c": 1, "noise d": 2, "fine e": 1}
+    again = run(config, url)
+    assert again.num_recorded == 3
+    assert seen.attempts() == {"always500 a": 4, "fine b": 1, "400 c": 2, "noise d": 4, "fine e": 1}
+    assert sorted(read_answers(tmp_path / "out")) == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [("401", r"refuses the key \(401\): .*set OPENAI_API_KEY"), ("404", r"model '.*target' \(404\).*served_model")],
+)
+def test_what_every_row_would_meet_ends_the_run_at_once(
+    tmp_path: Path, server: tuple[str, Seen], mode: str, message: str
+) -> None:
+    url, seen = server
+    config = ask_for(tmp_path, ["fine a", f"{mode} b", *[f"fine {row}" for row in range(50)]], concurrency=1)
+    with pytest.raises(RegenerationError, match=message) as caught:
+        run(config, url)
+    assert KEY not in str(caught.value)
+    assert seen.attempts() == {"fine a": 1, f"{mode} b": 1}
+    assert (tmp_path / "out" / "work" / "outcomes.log").read_bytes().count(b"\n") == 1
+    assert not read_answers(tmp_path / "out")
+
+
+def test_one_failure_after_the_other_ends_the_run(tmp_path: Path, server: tuple[str, Seen]) -> None:
+    url, seen = server
+    config = ask_for(tmp_path, [f"400 {row}" for row in range(100)], concurrency=4)
+    with pytest.raises(RegenerationError, match=r"32 rows in a row failed, the last with status 400"):
+        run(config, url)
+    assert seen.attempts().total() < 45
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+    with pytest.raises(RegenerationError, match=r"no conversation was answered; the causes are in .*failures\.jsonl"):
+        run(ask_for(tmp_path, ["fine a"], max_retries=0), url)
+    assert read_failures(tmp_path / "out")[0][1].startswith("lost connection: ConnectError")
+
+
+def test_answers_of_no_use_are_dropped_and_never_asked_again(tmp_path: Path, server: tuple[str, Seen]) -> None:
+    url, seen = server
+    config = ask_for(tmp_path, ["length a", "empty b", "calls c", ["fine d", "length e", "fine f"], "fine g"])
+    counts = run(config, url).manifest.counts
+    answers = read_answers(tmp_path / "out")
+    assert [message["content"] for message in answers[3]] == ["fine d", "answer to fine d"]
+    assert sorted(answers) == [3, 4]
+    assert counts.dropped == {
+        "the answer did not end within its tokens": 1,
+        "empty answer": 1,
+        "the target called a tool, and none is run here": 1,
+    }
+    assert (counts.num_cut, counts.num_turns) == (1, 2)
+    assert run(config, url).num_recorded == 0
+    assert seen.attempts().total() == 6
+
+
+def test_truncated_answers_are_kept_on_demand(tmp_path: Path, server: tuple[str, Seen]) -> None:
+    url, _ = server
+    result = run(ask_for(tmp_path, ["length a"], truncated="keep"), url)
+    assert read_answers(tmp_path / "out")[0][1]["content"] == "cut sh"
+    assert result.manifest.counts.num_truncated == 1
+
+
+def test_thinking_stays_beside_the_answer(tmp_path: Path, server: tuple[str, Seen]) -> None:
+    url, _ = server
+    config = ask_for(tmp_path, ["thinks a", "reasons b"])
+    with pytest.raises(RegenerationError, match=r"does not render reasoning_content.*data\.chat_template"):
+        run(config, url)
+    template = tmp_path / "thinking.jinja"
+    thinking = "{{ message.get('reasoning_content', '') + '</think>' + message['content'] }}"
+    template.write_text(
+        (TARGET_DIR / "chat_template.jinja").read_text().replace("{{ message['content'] +", thinking + "{{")
+    )
+    data = config.data.model_copy(update={"chat_template": template})
+    config = config.model_copy(update={"data": data})
+    config = config.model_copy(update={"regenerate": config.regenerate.model_copy(update={"path": tmp_path / "other"})})
+    run(config, url)
+    expected = {"role": "assistant", "content": "so", "reasoning_content": "hm"}
+    assert [messages[1] for messages in read_answers(tmp_path / "other").values()] == [expected, expected]
+
+
+def test_what_a_request_says(tmp_path: Path, server: tuple[str, Seen]) -> None:
+    url, seen = server
+    config = ask_for(
+        tmp_path,
+        [["fine a", "fine b"]],
+        temperature=0.7,
+        top_p=0.9,
+        max_tokens=33,
+        seed=5,
+        served_model="named",
+        chat_template_kwargs={"enable_thinking": False},
+        extra_body={"top_k": -1},
+    )
+    run(config, url)
+    first, second = seen.bodies
+    assert first == {
+        "model": "named",
+        "messages": [{"role": "user", "content": "fine a"}],
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "max_tokens": 33,
+        "seed": seed_of(5, row=0, turn=0),
+        "chat_template_kwargs": {"enable_thinking": False},
+        "top_k": -1,
+    }
+    assert [message["content"] for message in second["messages"]] == ["fine a", "answer to fine a", "fine b"]
+    assert second["seed"] == seed_of(5, row=0, turn=1)
+    assert seen.keys == {f"Bearer {KEY}"}
+    everything = b"".join(file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert KEY.encode() not in everything
+
+
+def test_as_many_at_a_time_as_asked_for_and_no_more(tmp_path: Path, server: tuple[str, Seen]) -> None:
+    url, seen = server
+    run(ask_for(tmp_path, [f"wait {row}" for row in range(12)], concurrency=4), url)
+    assert seen.max_open == 4
+
+
+def test_a_prompt_of_another_length_is_noticed(tmp_path: Path, server: tuple[str, Seen]) -> None:
+    url, _ = server
+    config = ask_for(tmp_path, ["long a"])
+    assert run(config, url).manifest.counts.num_prompt_mismatches == 1
+
+
+def test_an_address_and_one_back_end_are_needed(tmp_path: Path) -> None:
+    config = ask_for(tmp_path, ["fine a"])
+    with pytest.raises(RegenerationError, match="expected an address such as http"):
+        run(config, "localhost:8000")
+    for endpoint, is_local in ((None, False), ("http://x/v1", True)):
+        with pytest.raises(SettingError, match="name one back end"):
+            regeneration.regenerate(config, endpoint=endpoint, is_local=is_local)
+    nowhere = config.model_copy(update={"regenerate": RegenerateSection()})
+    with pytest.raises(SettingError, match="give --out"):
+        run(nowhere, "http://x/v1")
+
+
+def start(config: Config, folder: Path, url: str, *options: str) -> subprocess.Popen[str]:
+    file = folder / "config.toml"
+    file.write_text(to_toml(config))
+    command = [sys.executable, "-m", "pipeline.cli", "regenerate", str(file), "--endpoint", url, *options]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def await_questions(seen: Seen, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while len(seen.times) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_ctrl_c_waits_for_what_is_on_its_way_and_a_kill_repeats_only_that(
+    tmp_path: Path, server: tuple[str, Seen]
+) -> None:
+    url, seen = server
+    config = ask_for(tmp_path, [f"wait {row}" for row in range(40)])
+    process = start(config, tmp_path, url, "--concurrency", "3")
+    await_questions(seen, 4, process)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    num_asked = len(seen.times)
+    assert f"stopped: {num_asked} rows done by this run, {40 - num_asked} open; run the same command" in output
+    assert "SIGINT: answers on their way" in errors
+    process = start(config, tmp_path, url, "--concurrency", "3")
+    await_questions(seen, num_asked + 5, process)
+    process.kill()
+    process.communicate(timeout=60)
+    result = run(config, url)
+    assert (result.num_open, len(read_answers(tmp_path / "out"))) == (0, 40)
+    repeated = [question for question, count in seen.attempts().items() if count > 1]
+    assert len(repeated) <= 3, "what was on its way at the kill"
+    assert not set(repeated) & {f"wait {row}" for row in range(num_asked)}
+
+
+@pytest.fixture(scope="module")
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`transformers serve` with the embedded target, on a port that was free a moment ago."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(TARGET_DIR)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    environment = {**os.environ, "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    log = (folder / "log").open("w")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        await_health(f"http://127.0.0.1:{port}/health", process, folder / "log")
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+def await_health(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while True:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+
+
+def test_a_real_server_says_what_the_target_says_here(tmp_path: Path, real_server: str) -> None:
+    """Without sampling, so that both back ends must give the same text; prompts are counted alike on both sides."""
+    questions: list[str | list[str]] = [
+        "How do I call sndhdr.test_sndr?",
+        ["What is the signature of operator.ior?", "What does operator.ior do?"],
+        "List the methods of codeop.Compile.",
+    ]
+    config = ask_for(
+        tmp_path, questions, temperature=0.0, max_tokens=40, truncated="keep", served_model=str(TARGET_DIR)
+    )
+    target = config.target.model_copy(update={"model": str(TARGET_DIR), "dtype": "float32"})
+    config = config.model_copy(update={"target": target})
+    result = run(config, real_server)
+    assert result.manifest.counts.num_prompt_mismatches == 0
+    assert result.manifest.counts.num_turns == 4
+    local = config.model_copy(update={"regenerate": config.regenerate.model_copy(update={"path": tmp_path / "local"})})
+    regeneration.regenerate(local, endpoint=None, is_local=True)
+    served, here = (
+        {row: [message["content"].rstrip() for message in messages] for row, messages in read_answers(folder).items()}
+        for folder in (tmp_path / "out", tmp_path / "local")
+    )
+    assert served == here, "that server strips what it says"
+
+
+def test_a_real_server_refuses_another_model(tmp_path: Path, real_server: str) -> None:
+    config = ask_for(tmp_path, ["How do I call f?"], served_model="nobody/knows")
+    with pytest.raises(RegenerationError, match="no conversation was answered"):
+        run(config, real_server)
+    assert read_failures(tmp_path / "out")[0][1].startswith("status 400: ")
+    assert "nobody/knows" in read_failures(tmp_path / "out")[0][1]
