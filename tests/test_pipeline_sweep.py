@@ -255,13 +255,13 @@ def test_a_hopeless_trial_is_pruned_and_can_be_finished_by_hand(cached: Path, tm
 
 
 def test_values_that_do_not_work_fail_their_trial_alone(cached: Path, tmp_path: Path) -> None:
-    """Layer 0 is not in the cache, and a learning rate of 1e30 gives NaN."""
-    sweep = '[sweep.grid]\n"draft.target_layer_ids" = [[0], [1, 3]]\n"train.lr" = [1e-2, 1e30]'
+    """Layer 0 is not in the cache, and a loss of 1e300 is infinite in float32."""
+    sweep = '[sweep.grid]\n"draft.target_layer_ids" = [[0], [1, 3]]\n"objective.ce_loss_alpha" = [0.1, 1e300]'
     file = write_sweep(cached, tmp_path, sweep)
     result = run(file)
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.output
     assert "4 of 4 trials have ended: 1 complete, 3 failed" in result.output
-    record = read_trial(tmp_path / "run" / "target_layer_ids=1_3,lr=1e+30")
+    record = read_trial(tmp_path / "run" / "target_layer_ids=1_3,ce_loss_alpha=1e+300")
     assert record is not None
     assert record["state"] == "failed"
     assert "Lower train.lr" in record["reason"]
