@@ -170,3 +170,35 @@ def test_what_describes_a_sweep_is_what_its_trials_depend_on(base: Config, tmp_p
         key for key, text in describe_sweep(with_sweep(other, RANGES, tmp_path)).items() if before[key] != text
     }
     assert differing == {"draft.num_layers"}
+
+
+def test_a_section_varies_several_keys_at_once(base: Config, tmp_path: Path) -> None:
+    variants = "draft = [{}, { markov_rank = 0 }, { markov_rank = 8, num_layers = 2 }]"
+    config = with_sweep(base, f'[sweep.parameters]\n{variants}\n"train.seed" = [0, 1]', tmp_path)
+    found = trials(config)
+    assert [(trial.draft.markov_rank, trial.draft.num_layers, trial.train.seed) for trial in found] == [
+        (rank, layers, seed)
+        for rank, layers in ((base.draft.markov_rank, base.draft.num_layers), (0, base.draft.num_layers), (8, 2))
+        for seed in (0, 1)
+    ]
+    assert [trial.train.run_dir.name for trial in found[::2]] == [
+        "draft=as-it-is,seed=0",
+        "draft=markov_rank=0,seed=0",
+        "draft=markov_rank=8+num_layers=2,seed=0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("draft = [1, 2]", "draft is a section: expected a list of tables"),
+        ("draft = [{ lr = 1 }]", "unknown key draft.lr"),
+        ("train = [{}, { run_dir = 'elsewhere' }]", "train.run_dir cannot vary"),
+        ("cache = [{}, { path = 'elsewhere' }]", "cache.path cannot vary"),
+        ("cache = [{}]", "cannot vary"),
+    ],
+)
+def test_variants_of_a_section_are_checked(base: Config, tmp_path: Path, line: str, message: str) -> None:
+    config = with_sweep(base, f"[sweep.parameters]\n{line}", tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        check_points(config)

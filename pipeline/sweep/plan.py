@@ -1,7 +1,8 @@
 """What a sweep will train: its parameters, the points that are known beforehand, and the config of a trial. No disk.
 
-A point maps config keys to values. Optuna knows each key's values as numbers or, for a list, as JSON texts: so a list
-of layers can be one of them, and 1 and 1.0 stay apart.
+A point maps config keys to values, or a section to a table of its keys: variants that differ in several of them. Optuna
+knows each key's values as numbers or, for a list, as JSON texts: so a list of layers can be one of them, and 1 and 1.0
+stay apart.
 """
 
 import hashlib
@@ -31,14 +32,24 @@ def sweep_section(config: Config) -> SweepSection:
     if config.sweep is None:
         raise ConfigError('[sweep]: the config has none; write, for example, [sweep.grid] "train.seed" = [0, 1, 2]')
     for key, values in config.sweep.values.items():
-        if key.partition(".")[0] not in SWEPT_SECTIONS or key in UNSWEPT_KEYS:
-            expected = ", ".join(SWEPT_SECTIONS)
-            raise ConfigError(
-                f"sweep: {key} cannot vary over one cache; expected a key of {expected} that changes what is trained"
-            )
+        for swept in _swept_keys(key, values):
+            if swept.partition(".")[0] not in SWEPT_SECTIONS or swept in UNSWEPT_KEYS:
+                raise ConfigError(
+                    f"sweep: {swept} cannot vary over one cache; expected a key of {', '.join(SWEPT_SECTIONS)} that "
+                    "changes what is trained"
+                )
         if isinstance(values, list) and len({json.dumps(value) for value in values}) < len(values):
             raise ConfigError(f"sweep: {key} has a value twice: {values}")
     return config.sweep
+
+
+def _swept_keys(key: str, values: list[Any] | RangeTable) -> list[str]:
+    """The config keys that a parameter varies. Raises ConfigError."""
+    if "." in key:
+        return [key]
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise ConfigError(f"sweep: {key} is a section: expected a list of tables, such as [{{}}, {{ num_layers = 2 }}]")
+    return sorted({f"{key}.{field}" for table in values for field in table}) or [f"{key}."]
 
 
 def plan_distributions(sweep: SweepSection) -> dict[str, BaseDistribution]:
@@ -86,13 +97,13 @@ def trial_config(config: Config, point: Point, *, number: int) -> Config:
     tables["train"]["run_dir"] = str(config.train.run_dir / name)
     for key, value in point.items():
         section, _, field = key.partition(".")
-        tables[section][field] = value
+        tables[section].update({field: value} if field else value)
     return parse_config(tables, where="sweep")
 
 
 def name_trial(point: Point, *, number: int | None) -> str:
     """A folder's name: `markov_rank=64,seed=0`, behind the trial's number (from 1) where values are rounded in it."""
-    texts = [f"{key.partition('.')[2]}={_short(value)}" for key, value in point.items()]
+    texts = [f"{key.rpartition('.')[2]}={_short(value)}" for key, value in point.items()]
     name = ",".join(texts if number is None else [f"{number:04d}", *texts])
     name = name.replace('"', "").replace("/", "_").replace(" ", "")
     if len(name) <= NAME_LENGTH:
@@ -101,6 +112,8 @@ def name_trial(point: Point, *, number: int | None) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "+".join(f"{key}={_short(item)}" for key, item in value.items()) or "as-it-is"
     if isinstance(value, list):
         return "_".join(_short(item) for item in value)
     return f"{value:.4g}" if isinstance(value, float) and float(f"{value:.4g}") != value else json.dumps(value)

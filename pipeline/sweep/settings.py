@@ -49,7 +49,8 @@ class SweepSection(Section):
     """Several trainings over one cache: which values they try, in what order, and how they share a machine."""
 
     parameters: dict[str, Values] = Field(default={})
-    """Config key -> list of values, or a range: `"train.lr" = {low = 1e-4, high = 3e-3, log = true}`."""
+    """Config key -> list of values, or a range: `"train.lr" = {low = 1e-4, high = 3e-3, log = true}`. A section -> list
+    of tables, for variants that differ in several keys: `draft = [{}, {markov_rank = 0}]`."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default={})
     """The same for lists alone; a config has one of the two."""
     sampler: Literal["grid", "random", "tpe"] = "grid"
