@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from pipeline.embedded import CONVERSATIONS_FILE, EMBEDDED, TARGET_DIR
-from stages.evaluate.settings import EvaluateSection
+from stages.evaluate.settings import DecodeSection, EvaluateSection
 from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
 from stages.section import Section
 from stages.train.settings import DraftSection, ObjectiveSection, TrainSection
@@ -39,6 +39,7 @@ class Config(Section):
     objective: ObjectiveSection = ObjectiveSection()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
+    decode: DecodeSection = DecodeSection()
     sweep: SweepSection | None = None
 
 

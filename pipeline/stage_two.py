@@ -141,15 +141,21 @@ def _train_draft(config: Config, *, stop: StopRequest, profiled: bool, ranks: Ra
 
 def evaluate_draft(config: Config, *, draft_dir: Path) -> CacheEvaluation:
     """Score the draft in `draft_dir`, as servers would load it, on the validation split."""
-    if not (draft_dir / "config.json").is_file():
-        raise SettingError(f"{draft_dir}: no draft here; train one first, or name its folder with --draft")
-    model = Qwen3DSparkModel.from_pretrained(draft_dir, dtype=torch.float32)
-    reader = open_cache(config, layers=tuple(model.config.target_layer_ids))
-    _check_same_target(model, reader, draft_dir=draft_dir)
+    model, reader = open_draft(config, draft_dir=draft_dir, dtype=torch.float32)
     reader.plan_reads(evaluated_indices(config, reader))
     ranks = Ranks(device=choose_device(config.train.device))
     module = DSparkTrainerModule(model.to(ranks.device), **objective_arguments(config.objective))
     return _score_split(config, module, reader=reader, ranks=ranks)
+
+
+def open_draft(config: Config, *, draft_dir: Path, dtype: torch.dtype) -> tuple[Qwen3DSparkModel, CacheReader]:
+    """The draft in `draft_dir`, and the config's cache with the layers that it sees. Raises SettingError."""
+    if not (draft_dir / "config.json").is_file():
+        raise SettingError(f"{draft_dir}: no draft here; train one first, or name its folder with --draft")
+    model = Qwen3DSparkModel.from_pretrained(draft_dir, dtype=dtype)
+    reader = open_cache(config, layers=tuple(model.config.target_layer_ids))
+    _check_same_target(model, reader, draft_dir=draft_dir)
+    return model, reader
 
 
 def _check_same_target(model: Qwen3DSparkModel, reader: CacheReader, *, draft_dir: Path) -> None:
