@@ -1,8 +1,9 @@
 """Speculative decoding of a real tiny target with a real tiny draft, held against the target alone."""
 
 import itertools
+import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from test_evaluate_rejection import p_value
 
 LAYERS = [-1, 1]
 PROMPT = [1, 2, 3]
-NUM_DRAWS = 1200
+NUM_DRAWS = 1000
 
 
 def make_target(vocab_size: int, *, spread: float = 0.5, **changes: Any) -> Any:
@@ -30,6 +31,21 @@ def make_target(vocab_size: int, *, spread: float = 0.5, **changes: Any) -> Any:
         num_key_value_heads=1, head_dim=8, initializer_range=spread, max_position_embeddings=256, **changes,
     )  # fmt: skip
     return transformers.Qwen3ForCausalLM(config).eval()
+
+
+def make_other_target(name: str) -> Any:
+    torch.manual_seed(0)
+    if name == "GPT2":
+        gpt2 = transformers.GPT2Config(
+            bos_token_id=None, eos_token_id=None, vocab_size=24, n_embd=16, n_layer=2, n_head=2, n_positions=64
+        )
+        return transformers.GPT2LMHeadModel(gpt2).eval()
+    windows = {"Gemma2": {"sliding_window": 6, "final_logit_softcapping": 2.0}, "Mistral": {"sliding_window": 6}}
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=24, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, initializer_range=0.5, attn_implementation="eager", **windows.get(name, {}),
+    )  # fmt: skip
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
 def make_draft(model: Any, *, block_size: int = 4, noise: float = 0.3, **changes: Any) -> Qwen3DSparkModel:
@@ -91,21 +107,62 @@ def check_rounds(answer: Answer, *, block_size: int) -> None:
 @pytest.mark.parametrize("markov_head_type", ["vanilla", "rnn"])
 def test_greedy_output_is_the_targets_own(markov_head_type: str) -> None:
     target, drafter, parts = make_pair(24, markov_head_type=markov_head_type)
-    limits = Limits(max_new_tokens=40, stop_ids=frozenset())
+    limits = Limits(max_new_tokens=30, stop_ids=frozenset())
     accepted = 0
-    for first in range(12):
+    for first in range(6):
         prompt = [first, *PROMPT]
         answer = decode_speculatively(prompt, target=target, drafter=drafter, limits=limits, sampler=make_sampler(0.0))
         plain = decode_plainly(prompt, target=target, limits=limits, sampler=make_sampler(0.0))
         generated = parts.model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=40, do_sample=False,
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=30, do_sample=False,
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         assert answer.tokens == plain.tokens == tuple(generated[0, len(prompt) :].tolist())
         assert all(done.expected_tokens == done.num_emitted for done in answer.rounds), "nothing is left to chance"
         check_rounds(answer, block_size=4)
         accepted += sum(done.num_accepted for done in answer.rounds)
-    assert accepted > 8, "the draft is accepted now and then, so that both caches are really cut back and reused"
+    assert accepted > 3, "the draft is accepted now and then, so that both caches are really cut back and reused"
+
+
+class KnowingDrafter:
+    """Proposes what the target is about to say, wrongly one time in four: blocks are cut back at every length."""
+
+    block_size = 4
+
+    def __init__(self, answer: list[int], *, seed: int) -> None:
+        self._answer, self._rng = answer, random.Random(seed)
+
+    def reset(self) -> None:
+        self._num_seen = 0
+
+    def see(self, context: torch.Tensor) -> None:
+        self._num_seen += len(context)
+
+    def propose(self, anchor_token: int, *, num_slots: int, choose: Callable[[torch.Tensor], int]) -> list[int]:
+        place = self._num_seen - len(PROMPT) + 1  # the anchor is the answer's token before
+        right = self._answer[place : place + num_slots]
+        tokens = [token if self._rng.random() < 0.75 else (token + 1) % 24 for token in right]
+        return [choose(torch.eye(24)[token]) for token in tokens]
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Mistral", "GPT2"])
+def test_greedy_output_of_other_architectures(name: str) -> None:
+    """Soft-capped logits, learned positions, and windows shorter than the answers."""
+    model = make_other_target(name)
+    target = CachedTarget(find_parts(model), layers=LAYERS)
+    limits = Limits(max_new_tokens=30, stop_ids=frozenset())
+    ids = list(PROMPT)
+    with torch.no_grad():
+        while len(ids) < len(PROMPT) + 30:
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    own = ids[len(PROMPT) :]
+    accepted = Counter[int]()
+    for seed in range(4):
+        drafter = KnowingDrafter(own, seed=seed)
+        answer = decode_speculatively(PROMPT, target=target, drafter=drafter, limits=limits, sampler=make_sampler(0.0))
+        assert list(answer.tokens) == own
+        accepted.update(done.num_accepted for done in answer.rounds)
+    assert set(accepted) == {0, 1, 2, 3, 4}
 
 
 def test_gaps_are_the_targets_two_largest_logits_apart() -> None:

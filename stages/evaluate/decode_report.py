@@ -111,10 +111,15 @@ def summarize_run(decoded: Sequence[DecodedPrompt], *, temperature: float, block
     )
 
 
-def compare_with_cache(decoded: Sequence[DecodedPrompt], answers: Sequence[AnswerScores]) -> CacheComparison:
-    """Answers decoded at temperature 1 against those of the cache, one for each prompt, in the same order."""
+def compare_with_cache(decoded: Sequence[DecodedPrompt], answers: Sequence[AnswerScores]) -> CacheComparison | None:
+    """Answers decoded at temperature 1 against those of the cache, one for each prompt, in the same order.
+
+    None where no answer of the cache has a second token.
+    """
     if len(decoded) != len(answers):
         raise AssertionError(f"{len(decoded)} decoded prompts, {len(answers)} answers of the cache")
+    if not any(len(answer.keep_chance) for answer in answers):
+        return None
     difference = estimate_difference(expected_tokens(decoded), count_rounds(decoded), *replay(answers))
     return CacheComparison(
         num_answers=len(answers),

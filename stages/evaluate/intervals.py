@@ -18,8 +18,8 @@ class Estimate:
 
 
 def estimate_ratio(num_G: np.ndarray, den_G: np.ndarray) -> Estimate:
-    """Σ num / Σ den over groups."""
-    low, high = np.quantile(_draw_ratios(num_G, den_G), [0.025, 0.975])
+    """Σ num / Σ den over groups; some group has a den."""
+    low, high = np.nanquantile(_draw_ratios(num_G, den_G), [0.025, 0.975])
     return Estimate(value=float(num_G.sum() / den_G.sum()), low=float(low), high=float(high))
 
 
@@ -28,13 +28,14 @@ def estimate_difference(
 ) -> Estimate:
     """The first ratio minus the other, over the same groups: what varies between groups alike in both cancels out."""
     draws = _draw_ratios(num_G, den_G) - _draw_ratios(other_num_G, other_den_G)
-    low, high = np.quantile(draws, [0.025, 0.975])
+    low, high = np.nanquantile(draws, [0.025, 0.975])
     value = num_G.sum() / den_G.sum() - other_num_G.sum() / other_den_G.sum()
     return Estimate(value=float(value), low=float(low), high=float(high))
 
 
 def _draw_ratios(num_G: np.ndarray, den_G: np.ndarray) -> np.ndarray:
-    """Ratios of the resampled groups, the same draws for every statistic of as many groups."""
+    """Ratios of the resampled groups, the same draws for every statistic of as many groups; NaN where den is 0."""
     drawn = np.random.default_rng(BOOTSTRAP_SEED).integers(len(num_G), size=(BOOTSTRAP_ROUNDS, len(num_G)))
-    ratios: np.ndarray = num_G[drawn].sum(1) / den_G[drawn].sum(1)
+    num, den = num_G[drawn].sum(1).astype(np.float64), den_G[drawn].sum(1).astype(np.float64)
+    ratios: np.ndarray = np.divide(num, den, out=np.full(BOOTSTRAP_ROUNDS, np.nan), where=den > 0)
     return ratios
