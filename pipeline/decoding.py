@@ -1,5 +1,6 @@
 """Decoding for real, joined: the trained draft and its target, on prompts of the cache's validation split."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ from stages.train.warm_start import COMPARED_ROWS, same_rows
 
 FORMAT_VERSION = 1
 CHECKED_TOKENS = 16  # of a prompt, run before anything is timed: enough to see that the KV cache can be cut back
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -134,6 +137,7 @@ def decode_draft(
             decoded[temperature].append(decoder.answer(prompt, temperature=temperature))
             done += 1
             progress(done, total)
+        logger.info("decoded %d prompts at temperature %g", len(prompts), temperature)
     # 3. What came of it, held against the cache's estimate.
     comparison = None
     if 1.0 in decoded and decode.confidence_threshold == 0:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,6 +15,7 @@ import transformers
 from stages.evaluate.decode import Answer, Limits, Round, decode_plainly, decode_speculatively
 from stages.evaluate.rejection import Sampler
 from stages.extract.cached_target import CachedTarget, TargetStep
+from stages.extract.capture import Capture
 from stages.extract.target import TargetParts, find_parts
 from stages.train import Qwen3DSparkModel, build_draft_config
 from stages.train.drafting import BlockDrafter
@@ -124,6 +126,40 @@ def test_greedy_output_is_the_targets_own(markov_head_type: str) -> None:
     assert accepted > 3, "the draft is accepted now and then, so that both caches are really cut back and reused"
 
 
+class RecordingDrafter(BlockDrafter):
+    """Keeps what it is shown, and the anchors with how much it had been shown by then."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.shown: list[torch.Tensor] = []
+        self.anchors: list[tuple[int, int]] = []
+
+    def see(self, context_NX: torch.Tensor) -> None:
+        super().see(context_NX)
+        self.shown.append(context_NX)
+
+    def propose(self, anchor_token: int, *, num_slots: int, choose: Callable[[torch.Tensor], int]) -> list[int]:
+        self.anchors.append((self.num_tokens, anchor_token))
+        return super().propose(anchor_token, num_slots=num_slots, choose=choose)
+
+
+def test_the_draft_sees_the_targets_states_of_all_tokens_before_the_anchor() -> None:
+    """Losslessness holds for any draft; that a draft proposes as it was trained to depends on this."""
+    model = make_target(24)
+    parts = find_parts(model)
+    target, drafter = CachedTarget(parts, layers=LAYERS), RecordingDrafter(make_draft(model))
+    limits = Limits(max_new_tokens=40, stop_ids=frozenset())
+    answer = decode_speculatively(PROMPT, target=target, drafter=drafter, limits=limits, sampler=make_sampler(1.0))
+    ids = [*PROMPT, *answer.tokens]
+    assert len(drafter.anchors) == len(answer.rounds)
+    assert all(ids[place] == token for place, token in drafter.anchors)
+    assert any(done.num_accepted > 0 for done in answer.rounds)
+    captured = Capture(parts, layers=LAYERS, dtype=torch.float32)([np.array(ids, dtype=np.int32)])
+    shown = torch.cat(drafter.shown)
+    torch.testing.assert_close(shown, captured.hidden_states.flatten(1)[: len(shown)], rtol=1e-4, atol=1e-4)
+    assert len(ids) - len(shown) == 1, "only the last token is unseen"
+
+
 class KnowingDrafter:
     """Proposes what the target is about to say, wrongly one time in four: blocks are cut back at every length."""
 
@@ -143,6 +179,21 @@ class KnowingDrafter:
         right = self._answer[place : place + num_slots]
         tokens = [token if self._rng.random() < 0.75 else (token + 1) % 24 for token in right]
         return [choose(torch.eye(24)[token]) for token in tokens]
+
+
+def test_a_stop_token_ends_the_answer_wherever_it_comes_up() -> None:
+    """Among accepted drafts too, and then nothing is added behind it."""
+    target, real, _ = make_pair(24)
+    free = Limits(max_new_tokens=30, stop_ids=frozenset())
+    whole = decode_plainly(PROMPT, target=target, limits=free, sampler=make_sampler(0.0)).tokens
+    ends = set()
+    for stop, drafter in itertools.product(set(whole), (real, KnowingDrafter(list(whole), seed=0))):
+        limits = replace(free, stop_ids=frozenset({stop}))
+        answer = decode_speculatively(PROMPT, target=target, drafter=drafter, limits=limits, sampler=make_sampler(0.0))
+        assert answer.tokens == whole[: whole.index(stop) + 1]
+        check_rounds(answer, block_size=4)
+        ends.update(done.num_emitted == done.num_accepted for done in answer.rounds[-1:])
+    assert ends == {True, False}
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Mistral", "GPT2"])
@@ -184,17 +235,6 @@ def test_the_limit_is_exact(temperature: float, max_new_tokens: int) -> None:
         sampler = make_sampler(temperature, seed=seed)
         answer = decode_speculatively(PROMPT, target=target, drafter=drafter, limits=limits, sampler=sampler)
         assert len(answer.tokens) == max_new_tokens
-        check_rounds(answer, block_size=4)
-
-
-def test_a_stop_token_ends_the_answer_wherever_it_comes_up() -> None:
-    target, drafter, _ = make_pair(24)
-    free = Limits(max_new_tokens=30, stop_ids=frozenset())
-    whole = decode_plainly(PROMPT, target=target, limits=free, sampler=make_sampler(0.0)).tokens
-    for stop in set(whole):
-        limits = replace(free, stop_ids=frozenset({stop}))
-        answer = decode_speculatively(PROMPT, target=target, drafter=drafter, limits=limits, sampler=make_sampler(0.0))
-        assert answer.tokens == whole[: whole.index(stop) + 1]
         check_rounds(answer, block_size=4)
 
 

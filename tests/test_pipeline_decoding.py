@@ -11,16 +11,16 @@ from click.testing import CliRunner
 
 from pipeline.cli import main
 from pipeline.config import Config, to_toml
-from pipeline.decoding import decode_draft
+from pipeline.decoding import _load_target, decode_draft
 from pipeline.held_out_answers import find_last_answer, score_answer, take_prompts
 from pipeline.stage_one import settings_of
-from pipeline.stage_two import open_draft, train_draft
+from pipeline.stage_two import open_cache, open_draft, train_draft
 from stages.errors import SettingError
 from stages.evaluate.decode import Answer, Round
 from stages.evaluate.decode_report import DecodedPrompt, find_difference, summarize_run
 from stages.extract.run import extract
 from stages.train import DSparkTrainerModule
-from tiny_target import make_config, save_tiny_target
+from tiny_target import make_config, save_tiny_target, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,6 @@ def test_another_target_is_refused(trained: tuple[Path, Path], tmp_path: Path) -
     folder, draft_dir = trained
     config = small(folder)
     other = save_tiny_target(tmp_path / "other", seed=5)
-    from pipeline.decoding import _load_target
-
     model, _ = open_draft(config, draft_dir=draft_dir, dtype=torch.float32)
     with pytest.raises(SettingError, match=r"trained for another target than .*other.*embed_tokens"):
         _load_target(change(config, "target", model=str(other)), model=model, draft_dir=draft_dir)
@@ -119,6 +117,16 @@ def test_prompts_are_the_held_out_tokens_before_the_last_answer(trained: tuple[P
         assert sample.loss_mask[len(prompt.tokens) : prompt.answer_end].all()
         assert not sample.loss_mask[len(prompt.tokens) - 1]
         assert not sample.loss_mask[prompt.answer_end :].any()
+
+
+def test_samples_without_a_prompt_are_passed_over(tmp_path: Path) -> None:
+    texts = [{"text": f"Function {index} gives {index * index} and never anything else."} for index in range(16)]
+    write_jsonl(tmp_path / "chats.jsonl", texts)
+    config = small(tmp_path)
+    extract(settings_of(config))
+    reader = open_cache(config, layers=None)
+    with pytest.raises(SettingError, match=r"none of the \d+ validation samples has a prompt"):
+        take_prompts(reader, reader.split_indices("validation"), num_prompts=2)
 
 
 def test_scores_of_an_answer_are_those_of_the_full_distributions(trained: tuple[Path, Path]) -> None:

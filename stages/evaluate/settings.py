@@ -26,7 +26,7 @@ class DecodeSection(Section):
     )
     """What draft and target are sampled at; 0 is greedy, which is held token for token against the target alone."""
     num_prompts: int = Field(default=32, ge=1)
-    """Prompts at most, those of the first validation samples by sample id."""
+    """Prompts at most, those of the first samples that `[evaluate]` scores."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Tokens of an answer at most, fewer where the target has fewer positions."""
     confidence_threshold: float = Field(default=0.0, ge=0, lt=1)
