@@ -143,7 +143,7 @@ def decode_draft(
     if 1.0 in decoded and decode.confidence_threshold == 0:
         module = DSparkTrainerModule(model)
         answers = [score_answer(module, reader, prompt, max_new_tokens=decode.max_new_tokens) for prompt in prompts]
-        comparison = compare_with_cache(decoded[1.0], answers)
+        comparison = compare_with_cache(decoded[1.0], answers, max_blocks=config.evaluate.num_anchors)
     return Decoding(
         target=config.target.model,
         dtype=decode.dtype,

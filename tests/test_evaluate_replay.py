@@ -126,9 +126,17 @@ def test_the_published_estimate_is_a_product_along_the_answer() -> None:
     accept = np.array([[0.5, 0.5], [0.25, 0.0]])
     scores = AnswerScores(accept_rate=accept, keep_chance=np.zeros((2, 2)))
     assert published_tokens(scores).tolist() == [1.75, 1.25]
-    names = [step.name for step in bridge([scores, scores])]
-    assert len(names) == len(set(names)) == 4
-    assert [step.estimate.value for step in bridge([scores, scores])] == [1.5, 1 + (0.5 + 0.25) / 2, 1.0, 1.0]
+    steps = bridge([scores, scores], max_blocks=1)
+    assert len({step.name for step in steps}) == 5
+    assert [step.estimate.value for step in steps] == [1.5, 1.5, 1 + (0.5 + 0.25) / 2, 1.0, 1.0]
+
+
+def test_a_limit_of_blocks_weighs_short_answers_as_long_ones() -> None:
+    long = AnswerScores(accept_rate=np.zeros((8, K)), keep_chance=np.zeros((8, K)))
+    short = AnswerScores(accept_rate=np.ones((2, K)), keep_chance=np.ones((2, K)))
+    steps = bridge([long, short], max_blocks=2)
+    assert steps[0].estimate.value == pytest.approx((1.0 + 3.0) / 2)
+    assert steps[1].estimate.value == pytest.approx((8 * 1.0 + 2 * 3.0) / 10)
 
 
 def test_a_difference_over_the_same_groups_is_sharper_than_the_ratios() -> None:

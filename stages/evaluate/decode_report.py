@@ -111,10 +111,12 @@ def summarize_run(decoded: Sequence[DecodedPrompt], *, temperature: float, block
     )
 
 
-def compare_with_cache(decoded: Sequence[DecodedPrompt], answers: Sequence[AnswerScores]) -> CacheComparison | None:
+def compare_with_cache(
+    decoded: Sequence[DecodedPrompt], answers: Sequence[AnswerScores], *, max_blocks: int
+) -> CacheComparison | None:
     """Answers decoded at temperature 1 against those of the cache, one for each prompt, in the same order.
 
-    None where no answer of the cache has a second token.
+    `max_blocks`: anchors of a conversation in the published estimate. None where no answer has a second token.
     """
     if len(decoded) != len(answers):
         raise AssertionError(f"{len(decoded)} decoded prompts, {len(answers)} answers of the cache")
@@ -123,7 +125,7 @@ def compare_with_cache(decoded: Sequence[DecodedPrompt], answers: Sequence[Answe
     difference = estimate_difference(expected_tokens(decoded), count_rounds(decoded), *replay(answers))
     return CacheComparison(
         num_answers=len(answers),
-        steps=tuple(bridge(answers)),
+        steps=tuple(bridge(answers, max_blocks=max_blocks)),
         difference=difference,
         agrees=difference.low <= 0 <= difference.high,
     )

@@ -5,8 +5,8 @@ token of a slot was accepted with probability min(p, q)(x) / p(x) = min(1, q/p)(
 otherwise x came from the residual, and the round ended there. So the chance that a round starts at a token follows from
 the rounds before, without drawing anything, and the answer's tokens over its expected rounds are tokens a round.
 
-The published estimate (`cached.py`) multiplies accept rates along the answer, at anchors anywhere. It differs from what
-decoding reaches in three ways, which `bridge` takes back one by one.
+The published estimate (`cached.py`) multiplies accept rates along the answer, at a limited number of anchors anywhere.
+It differs from what decoding reaches in four ways, which `bridge` takes back one by one.
 
 Shape suffixes: I anchors, those of an answer but its last token; K slots; G answers.
 """
@@ -41,16 +41,23 @@ class BridgeStep:
     estimate: Estimate
 
 
-def bridge(answers: Sequence[AnswerScores]) -> list[BridgeStep]:
-    """The estimates from the published one, on these answers, to the replay; intervals over answers."""
-    return [
-        BridgeStep(name=name, estimate=estimate_ratio(*_per_answer(answers, measure)))
-        for name, measure in (
-            ("accept rates multiplied along the answer, at every anchor", published_tokens),
-            ("weighed by the chance that the draft proposed the tokens before", drafted_tokens),
-            ("no token counted behind the answer's end", ended_tokens),
-        )
-    ] + [BridgeStep(name="at the starts of rounds only: the replay", estimate=estimate_ratio(*replay(answers)))]
+def bridge(answers: Sequence[AnswerScores], *, max_blocks: int) -> list[BridgeStep]:
+    """The estimates from the published one, on these answers, to the replay; intervals over answers.
+
+    `max_blocks`: anchors that the published estimate draws in a conversation at most, so that short ones, which tend to
+    be easier, weigh as much as long ones.
+    """
+    steps = (
+        (
+            f"accept rates multiplied along the answer, {max_blocks} blocks of it",
+            _limited(answers, max_blocks=max_blocks),
+        ),
+        ("all of its blocks: long answers weigh more", _per_answer(answers, published_tokens)),
+        ("weighed by the chance that the draft proposed the tokens before", _per_answer(answers, drafted_tokens)),
+        ("no token counted behind the answer's end", _per_answer(answers, ended_tokens)),
+        ("at the starts of rounds only: the replay", replay(answers)),
+    )
+    return [BridgeStep(name=name, estimate=estimate_ratio(num_G, den_G)) for name, (num_G, den_G) in steps]
 
 
 def replay(answers: Sequence[AnswerScores]) -> tuple[np.ndarray, np.ndarray]:
@@ -104,6 +111,13 @@ def ended_tokens(answer: AnswerScores) -> np.ndarray:
     is_followed_IK = np.arange(1, reach_IK.shape[1] + 1) < left_I[:, None]
     tokens: np.ndarray = 1 + (reach_IK * is_followed_IK).sum(axis=1)
     return tokens
+
+
+def _limited(answers: Sequence[AnswerScores], *, max_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Published tokens, in expectation over the anchors drawn, and their number: (sum, count) of each answer [G]."""
+    tokens_G, count_G = _per_answer(answers, published_tokens)
+    drawn_G = np.minimum(count_G, max_blocks)
+    return tokens_G * drawn_G / np.maximum(count_G, 1), drawn_G
 
 
 def _per_answer(
