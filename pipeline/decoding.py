@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.config import Config
-from pipeline.held_out_answers import Prompt, score_answer, take_prompts
+from pipeline.held_out_answers import Prompt, score_answer, score_decoded, take_prompts
 from pipeline.stage_two import evaluated_indices, open_draft
 from stages.device import choose_device
 from stages.errors import SettingError
@@ -26,6 +26,7 @@ from stages.evaluate.decode_report import (
 )
 from stages.evaluate.rejection import Sampler
 from stages.extract.cached_target import CachedTarget, check_cropping
+from stages.extract.capture import Capture
 from stages.extract.target import TargetParts, eos_token_ids, load_target, locate_target
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
 from stages.train.drafting import BlockDrafter
@@ -139,11 +140,23 @@ def decode_draft(
             progress(done, total)
         logger.info("decoded %d prompts at temperature %g", len(prompts), temperature)
     # 3. What came of it, held against the cache's estimate.
+    runs = tuple(
+        summarize_run(answered, temperature=temperature, block_size=model.block_size)
+        for temperature, answered in decoded.items()
+    )
     comparison = None
     if 1.0 in decoded and decode.confidence_threshold == 0:
         module = DSparkTrainerModule(model)
-        answers = [score_answer(module, reader, prompt, max_new_tokens=decode.max_new_tokens) for prompt in prompts]
-        comparison = compare_with_cache(decoded[1.0], answers, max_blocks=config.evaluate.num_anchors)
+        capture = Capture(parts, layers=model.config.target_layer_ids, dtype=parts.dtype)
+        answered = zip(prompts, decoded[1.0], strict=True)
+        comparison = compare_with_cache(
+            decoded[1.0],
+            answers=[score_answer(module, reader, prompt, max_new_tokens=decode.max_new_tokens) for prompt in prompts],
+            decoded_answers=[
+                score_decoded(module, capture, prompt, own.speculative.tokens) for prompt, own in answered
+            ],
+            max_blocks=config.evaluate.num_anchors,
+        )
     return Decoding(
         target=config.target.model,
         dtype=decode.dtype,
@@ -154,10 +167,7 @@ def decode_draft(
         seed=decode.seed,
         stop_ids=tuple(sorted(decoder.stop_ids)),
         num_skipped=num_skipped,
-        runs=tuple(
-            summarize_run(answered, temperature=temperature, block_size=model.block_size)
-            for temperature, answered in decoded.items()
-        ),
+        runs=runs,
         comparison=comparison,
     )
 

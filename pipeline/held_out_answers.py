@@ -6,13 +6,15 @@ template says by now, and each comes with an answer that the cache's estimate ca
 Shape suffixes: T tokens of a sample, I anchors, N tokens that slots predict, K slots, D hidden.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from stages.errors import SettingError
 from stages.evaluate.replay import AnswerScores
+from stages.extract.capture import Capture
 from stages.train import DSparkTrainerModule
 from storage import CacheReader
 
@@ -60,30 +62,56 @@ def take_prompts(reader: CacheReader, indices: Iterable[int], *, num_prompts: in
     return prompts, num_skipped
 
 
-@torch.inference_mode()
 def score_answer(
     module: DSparkTrainerModule, reader: CacheReader, prompt: Prompt, *, max_new_tokens: int
 ) -> AnswerScores:
-    """Every block of the prompt's answer, of its first `max_new_tokens` tokens, at temperature 1."""
-    model, sample = module.draft_model, reader[prompt.index]
+    """The blocks of the cache's answer to the prompt, of its first `max_new_tokens` tokens."""
+    sample, first = reader[prompt.index], len(prompt.tokens)
+    end = min(prompt.answer_end, first + max_new_tokens)
+    return _score_blocks(
+        module, sample.input_ids, sample.hidden_states, sample.last_hidden_states, first=first, last=end - 1
+    )
+
+
+def score_decoded(module: DSparkTrainerModule, capture: Capture, prompt: Prompt, answer: Sequence[int]) -> AnswerScores:
+    """The blocks of an answer that was decoded just now; `capture` gives the states, as stage one does."""
+    input_ids = np.array([*prompt.tokens, *answer], dtype=np.int32)
+    states = capture([input_ids])
+    return _score_blocks(
+        module,
+        torch.from_numpy(input_ids),
+        states.hidden_states,
+        states.last_hidden_states,
+        first=len(prompt.tokens),
+        last=len(input_ids) - 1,
+    )
+
+
+@torch.inference_mode()
+def _score_blocks(
+    module: DSparkTrainerModule,
+    ids_T: torch.Tensor,
+    hidden_TLD: torch.Tensor,
+    last_TD: torch.Tensor,
+    *,
+    first: int,
+    last: int,
+) -> AnswerScores:
+    """Every block of the answer that lies at positions `first` to `last`, at temperature 1."""
+    model = module.draft_model
     device = model.fc.weight.device
-    first = len(prompt.tokens)
-    last = min(prompt.answer_end, first + max_new_tokens) - 1
-    accept_IK = torch.zeros(last - first, model.block_size, dtype=torch.float64)
+    accept_IK = torch.zeros(max(last - first, 0), model.block_size, dtype=torch.float64)
     keep_IK = accept_IK.clone()
     if last > first:
-        mask_T = torch.zeros(sample.num_tokens, dtype=torch.uint8)
+        ids_T, hidden_TLD, last_TD = ids_T.to(device), hidden_TLD.to(device), last_TD.to(device)
+        mask_T = torch.zeros_like(ids_T)
         mask_T[first : last + 1] = 1
+        anchors_I = torch.arange(first, last, device=device)
         scores = module.score(
-            sample.input_ids[None].to(device),
-            sample.hidden_states.flatten(1)[None].to(device),
-            mask_T[None].to(device),
-            sample.last_hidden_states[None].to(device),
-            anchor_positions=torch.arange(first, last, device=device)[None],
+            ids_T[None], hidden_TLD.flatten(1)[None], mask_T[None], last_TD[None], anchor_positions=anchors_I[None]
         )
         anchor, slot = scores.anchor.cpu(), scores.slot.cpu()
-        labels_N = sample.input_ids[first + 1 : last + 1].long().to(device)
-        own_N = _log_chances(module, sample.last_hidden_states[first:last].to(device), labels_N)
+        own_N = _log_chances(module, last_TD[first:last], ids_T[first + 1 : last + 1].long())
         accept_IK[anchor, slot] = scores.accept_rate.cpu().double()
         keep_IK[anchor, slot] = (-scores.cross_entropy.cpu().double() - own_N[anchor + slot]).exp().clamp_max(1)
     return AnswerScores(accept_rate=accept_IK.numpy(), keep_chance=keep_IK.numpy())

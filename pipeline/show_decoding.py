@@ -73,7 +73,10 @@ def _comparison(console: Console, comparison: CacheComparison, *, result: Decodi
     table.add_row("decoded, expected from the distributions", _interval(sampled.expected_per_round))
     table.add_row("decoded, counted", _interval(sampled.tokens_per_round))
     verdict = "agree" if comparison.agrees else "[red]disagree[/red]"
-    table.add_row(f"decoded minus replayed: they {verdict}", _interval(comparison.difference, sign="+"))
+    table.add_row(f"expected minus replayed from the cache: they {verdict}", _interval(comparison.difference, sign="+"))
+    table.add_section()
+    table.add_row("the decoded answers themselves, replayed", _interval(comparison.replayed_decoded))
+    table.add_row("counted minus that: zero but for luck", _interval(comparison.difference_decoded, sign="+"))
     console.print(table)
 
 

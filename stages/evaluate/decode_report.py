@@ -67,15 +67,20 @@ class DecodingRun:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheComparison:
-    """Decoding at temperature 1 against the cache's estimates for the same prompts.
+    """Decoding at temperature 1 against the cache's estimates for the same prompts, and against itself.
 
-    `difference` is expected tokens a round minus the replay's, over the same prompts; `agrees`: its interval holds 0.
+    difference           expected tokens a round minus those of the replay of the cache's answers, which are others
+    agrees               its interval holds 0
+    replayed_decoded     the replay of the decoded answers themselves, from a forward of the target over each
+    difference_decoded   counted tokens a round minus that: the text is the same, so only the draws of the rounds differ
     """
 
     num_answers: int
     steps: tuple[BridgeStep, ...]
     difference: Estimate
     agrees: bool
+    replayed_decoded: Estimate
+    difference_decoded: Estimate
 
 
 def summarize_run(decoded: Sequence[DecodedPrompt], *, temperature: float, block_size: int) -> DecodingRun:
@@ -97,9 +102,7 @@ def summarize_run(decoded: Sequence[DecodedPrompt], *, temperature: float, block
         num_tokens=sum(len(prompt.speculative.tokens) for prompt in decoded),
         num_rounds=len(rounds),
         num_drafted=sum(done.num_drafted for done in rounds),
-        tokens_per_round=estimate_ratio(
-            np.array([sum(done.num_emitted for done in prompt.speculative.rounds) for prompt in decoded]), num_rounds_G
-        ),
+        tokens_per_round=estimate_ratio(count_tokens(decoded), num_rounds_G),
         expected_per_round=estimate_ratio(expected_tokens(decoded), num_rounds_G),
         accept_rate_per_pos=tuple((accepted / np.maximum(tested, 1)).tolist()),
         num_tested_per_pos=tuple(tested.tolist()),
@@ -112,28 +115,42 @@ def summarize_run(decoded: Sequence[DecodedPrompt], *, temperature: float, block
 
 
 def compare_with_cache(
-    decoded: Sequence[DecodedPrompt], answers: Sequence[AnswerScores], *, max_blocks: int
+    decoded: Sequence[DecodedPrompt],
+    *,
+    answers: Sequence[AnswerScores],
+    decoded_answers: Sequence[AnswerScores],
+    max_blocks: int,
 ) -> CacheComparison | None:
-    """Answers decoded at temperature 1 against those of the cache, one for each prompt, in the same order.
+    """Answers decoded at temperature 1 against those of the cache; one of each kind for every prompt, in one order.
 
     `max_blocks`: anchors of a conversation in the published estimate. None where no answer has a second token.
     """
-    if len(decoded) != len(answers):
-        raise AssertionError(f"{len(decoded)} decoded prompts, {len(answers)} answers of the cache")
+    if not len(decoded) == len(answers) == len(decoded_answers):
+        raise AssertionError(
+            f"{len(decoded)} prompts, {len(answers)} cached and {len(decoded_answers)} decoded answers"
+        )
     if not any(len(answer.keep_chance) for answer in answers):
         return None
-    difference = estimate_difference(expected_tokens(decoded), count_rounds(decoded), *replay(answers))
+    rounds_G = count_rounds(decoded)
+    difference = estimate_difference(expected_tokens(decoded), rounds_G, *replay(answers))
     return CacheComparison(
         num_answers=len(answers),
         steps=tuple(bridge(answers, max_blocks=max_blocks)),
         difference=difference,
         agrees=difference.low <= 0 <= difference.high,
+        replayed_decoded=estimate_ratio(*replay(decoded_answers)),
+        difference_decoded=estimate_difference(count_tokens(decoded), rounds_G, *replay(decoded_answers)),
     )
 
 
 def count_rounds(decoded: Sequence[DecodedPrompt]) -> np.ndarray:
     """Rounds of each prompt [G]."""
     return np.array([len(prompt.speculative.rounds) for prompt in decoded])
+
+
+def count_tokens(decoded: Sequence[DecodedPrompt]) -> np.ndarray:
+    """Tokens that the rounds of each prompt emitted [G]."""
+    return np.array([sum(done.num_emitted for done in prompt.speculative.rounds) for prompt in decoded])
 
 
 def expected_tokens(decoded: Sequence[DecodedPrompt]) -> np.ndarray:
