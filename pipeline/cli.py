@@ -22,6 +22,7 @@ from storage import CacheError
 from storage.remote import is_remote
 
 if TYPE_CHECKING:
+    from stages.evaluate.cached import CacheEvaluation
     from stages.train.export import Form
     from stages.train.parallel import Ranks
 
@@ -254,9 +255,13 @@ def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_
 @main.command()
 @_with_config
 @click.option("--draft", type=click.Path(path_type=Path), help="A draft folder. Default: RUN/draft of the config.")
-def evaluate(config: Path, overrides: tuple[str, ...], draft: Path | None) -> None:
+@click.option("--decode", "decoded", is_flag=True, help="Then decode with the real target, as [decode] says.")
+def evaluate(config: Path, overrides: tuple[str, ...], draft: Path | None, decoded: bool) -> None:
     """Measure the draft's acceptance on the held-out split, from the cache alone."""
-    _evaluate(_load(config, overrides), draft=draft)
+    settings = _load(config, overrides)
+    evaluation = _evaluate(settings, draft=draft)
+    if decoded:
+        _decode(settings, draft=draft, estimate=evaluation)
 
 
 @main.command()
@@ -354,7 +359,7 @@ def _train(settings: Config, *, ranks: "Ranks", profiled: bool = False) -> bool:
     return True
 
 
-def _evaluate(settings: Config, *, draft: Path | None = None) -> None:
+def _evaluate(settings: Config, *, draft: Path | None = None) -> "CacheEvaluation":
     from pipeline import stage_two
 
     draft_dir = draft or settings.train.run_dir / "draft"
@@ -363,6 +368,18 @@ def _evaluate(settings: Config, *, draft: Path | None = None) -> None:
     stage_two.save_evaluation(evaluation, file=file, draft_dir=draft_dir)
     with stage_two.open_reader(settings.cache) as reader:
         show.evaluation(console, evaluation, draft_dir=draft_dir, file=file, cache=reader)
+    return evaluation
+
+
+def _decode(settings: Config, *, draft: Path | None, estimate: "CacheEvaluation") -> None:
+    from pipeline import show_decoding
+    from pipeline.decoding import decode_draft
+
+    with show.progress_bar("decode") as progress:
+        result = decode_draft(settings, draft_dir=draft or settings.train.run_dir / "draft", progress=progress)
+    file = (draft or settings.train.run_dir) / "decoding.json"
+    replace_text(file, json.dumps(result.to_json(), indent=2) + "\n")
+    show_decoding.decoding(console, result, estimate=estimate, file=file)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pipeline.embedded import CONVERSATIONS_FILE, EMBEDDED, TARGET_DIR
 from pipeline.sweep.settings import RangeTable, SweepSection
-from stages.evaluate.settings import EvaluateSection
+from stages.evaluate.settings import DecodeSection, EvaluateSection
 from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
 from stages.regenerate.settings import RegenerateSection
 from stages.section import Section
@@ -34,6 +34,7 @@ class Config(Section):
     objective: ObjectiveSection = ObjectiveSection()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
+    decode: DecodeSection = DecodeSection()
     regenerate: RegenerateSection = RegenerateSection()
     sweep: SweepSection | None = None
 

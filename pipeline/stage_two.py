@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import safe_open
 
 from pipeline.config import Config, to_toml
@@ -170,9 +171,7 @@ def _can_measure(config: Config, reader: CacheReader) -> bool:
 
 def evaluate_draft(config: Config, *, draft_dir: Path) -> Evaluation:
     """Score the draft in `draft_dir`, as servers would load it, on the validation split."""
-    model = read_draft(draft_dir)
-    _check_same_target(model, open_reader(config.cache), draft_dir=draft_dir)
-    reader = open_cache(config, layers=tuple(model.config.target_layer_ids))
+    model, reader = open_draft(config, draft_dir=draft_dir)
     block_size = int(model.config.block_size)
     table = read_throughput_table(config.evaluate.throughput_table, least_tokens=1 + block_size)
     reader.plan_reads(evaluated_indices(config, reader))
@@ -190,6 +189,15 @@ def save_evaluation(evaluation: Evaluation, *, file: Path, draft_dir: Path) -> N
     if evaluation.scheduling is not None:
         write_calibration(draft_dir, evaluation.scheduling.calibration)
     write_evaluation(file, evaluation)
+
+
+def open_draft(
+    config: Config, *, draft_dir: Path, dtype: torch.dtype = torch.float32
+) -> tuple[Qwen3DSparkModel, CacheReader]:
+    """The draft in `draft_dir`, and the config's cache with the layers that it sees. Raises SettingError."""
+    model = read_draft(draft_dir, dtype=dtype)
+    _check_same_target(model, open_reader(config.cache), draft_dir=draft_dir)
+    return model, open_cache(config, layers=tuple(model.config.target_layer_ids))
 
 
 def _check_same_target(model: Qwen3DSparkModel, reader: CacheReader, *, draft_dir: Path) -> None:

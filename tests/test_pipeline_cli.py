@@ -207,7 +207,7 @@ def test_every_make_target_of_the_readme_exists() -> None:
 
 
 def test_the_readme_names_every_config_section_and_file() -> None:
-    for section in ("target", "data", "cache", "extract", "draft", "objective", "train", "evaluate"):
+    for section in ("target", "data", "cache", "extract", "draft", "objective", "train", "evaluate", "decode"):
         assert f"[{section}]" in README, section
     for package in ("pipeline", "stages", "storage"):
         for file in (ROOT / package).rglob("*.py"):

@@ -1,6 +1,7 @@
-"""Config section of the evaluation: `[evaluate]`."""
+"""Config sections of the evaluation: `[evaluate]` and `[decode]`."""
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -19,3 +20,22 @@ class EvaluateSection(Section):
     throughput_table: Path | None = None
     """CSV file with the columns `tokens` (in a verify step) and `steps_per_second` of the server that the scheduling
     outlook is for; none: an assumed table."""
+
+
+class DecodeSection(Section):
+    """Speculative decoding with the real target, on the prompts of the validation split (`evaluate --decode`)."""
+
+    temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
+        default=(0.0, 1.0), min_length=1
+    )
+    """What draft and target are sampled at; 0 is greedy, which is held token for token against the target alone."""
+    num_prompts: int = Field(default=32, ge=1)
+    """Prompts at most, those of the first samples that `[evaluate]` scores."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Tokens of an answer at most, fewer where the target has fewer positions."""
+    confidence_threshold: float = Field(default=0.0, ge=0, lt=1)
+    """A block ends before the first slot at which the product of the confidences falls below it; 0: never."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds every draw, together with the sample's id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What target and draft compute in. Half precision lets the shape of a batch decide between near-equal logits."""

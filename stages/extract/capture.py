@@ -81,7 +81,7 @@ class Capture:
         # Padding is on the right and attention is causal, so a batch without any needs no mask at all.
         mask = None if real_N is None else batch.attention_mask.to(self._device, non_blocking=True)
         try:
-            with self._hooks(places, last_ND, real_N):
+            with keep_states(self._parts, places, last_ND=last_ND, real_N=real_N):
                 ids = batch.input_ids.to(self._device, non_blocking=True)
                 self._parts.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
         except torch.OutOfMemoryError as error:
@@ -108,41 +108,51 @@ class Capture:
         hidden, last = home
         return CapturedBatch(hidden_states=hidden, last_hidden_states=last, num_tokens=num_tokens, copied=copied)
 
-    @contextmanager
-    def _hooks(
-        self, places: dict[int, torch.Tensor], last_ND: torch.Tensor, real_N: torch.Tensor | None
-    ) -> Iterator[None]:
-        """Let each block write its real rows where they belong, as soon as it has computed them."""
 
-        def keep(into_ND: torch.Tensor, states_BTD: torch.Tensor) -> None:
-            states = states_BTD.flatten(0, 1)
-            into_ND.copy_(states if real_N is None else states.index_select(0, real_N.to(states.device)))
+@contextmanager
+def keep_states(
+    parts: TargetParts,
+    places: dict[int, torch.Tensor],
+    *,
+    last_ND: torch.Tensor | None = None,
+    real_N: torch.Tensor | None = None,
+) -> Iterator[None]:
+    """While entered, each block writes its real rows where they belong, [N, D], as soon as it has computed them.
 
-        def keep_output(into_ND: torch.Tensor) -> Any:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                keep(into_ND, output[0] if isinstance(output, tuple) else output)
+    `places`: layer id -> where its states go; `last_ND`: where the final norm's output goes; `real_N`: as
+    `real_places`.
+    """
 
-            return hook
+    def keep(into_ND: torch.Tensor, states_BTD: torch.Tensor) -> None:
+        states = states_BTD.flatten(0, 1)
+        into_ND.copy_(states if real_N is None else states.index_select(0, real_N.to(states.device)))
 
-        def keep_input(into_ND: torch.Tensor) -> Any:
-            def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-                keep(into_ND, args[0] if args else kwargs["hidden_states"])
+    def keep_output(into_ND: torch.Tensor) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            keep(into_ND, output[0] if isinstance(output, tuple) else output)
 
-            return hook
+        return hook
 
-        blocks = self._parts.blocks
-        handles = [
-            blocks[0].register_forward_pre_hook(keep_input(into_ND), with_kwargs=True)
-            if layer == -1
-            else blocks[layer].register_forward_hook(keep_output(into_ND))
-            for layer, into_ND in places.items()
-        ]
-        handles.append(self._parts.final_norm.register_forward_hook(keep_output(last_ND)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def keep_input(into_ND: torch.Tensor) -> Any:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            keep(into_ND, args[0] if args else kwargs["hidden_states"])
+
+        return hook
+
+    blocks = parts.blocks
+    handles = [
+        blocks[0].register_forward_pre_hook(keep_input(into_ND), with_kwargs=True)
+        if layer == -1
+        else blocks[layer].register_forward_hook(keep_output(into_ND))
+        for layer, into_ND in places.items()
+    ]
+    if last_ND is not None:
+        handles.append(parts.final_norm.register_forward_hook(keep_output(last_ND)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def pad_batch(input_ids: Sequence[np.ndarray]) -> PaddedBatch:

@@ -18,11 +18,11 @@ TARGET_TENSORS = ("embed_tokens.weight", "lm_head.weight")
 """What a draft has from its target, unchanged; a server has it already."""
 
 
-def read_draft(folder: Path) -> Qwen3DSparkModel:
-    """The draft in `folder`, in float32 on the CPU. Raises SettingError."""
+def read_draft(folder: Path, *, dtype: torch.dtype = torch.float32) -> Qwen3DSparkModel:
+    """The draft in `folder`, in `dtype` on the CPU. Raises SettingError."""
     check_draft_folder(folder)
     try:
-        model: Qwen3DSparkModel = Qwen3DSparkModel.from_pretrained(folder, dtype=torch.float32)
+        model: Qwen3DSparkModel = Qwen3DSparkModel.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise SettingError(f"{folder}: cannot be read as a draft: {error}") from error
     return model

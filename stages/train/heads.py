@@ -43,6 +43,12 @@ class MarkovHead(nn.Module):
         """Latents [N, R] of the supervised slots alone, from their h [N, D] and previous tokens [N]."""
         return self.latent(h_ND, prev_tokens_N)
 
+    def advance(
+        self, state: torch.Tensor, h: torch.Tensor, prev_token: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One slot while a block is decoded: next state and latent, both [..., R]. The state starts as zeros."""
+        return state, self.latent(h, prev_token)
+
     def bias(self, latent: torch.Tensor) -> torch.Tensor:
         """W2·latent: [..., R] to [..., V]."""
         bias: torch.Tensor = self.markov_w2(latent)
@@ -88,6 +94,11 @@ class RnnMarkovHead(MarkovHead):
         prev_1MK = prev_tokens_N.new_zeros(shape)
         prev_1MK[0, slots.block, slots.slot] = prev_tokens_N
         return self.latent(h_1MKD, prev_1MK)[0, slots.block, slots.slot]
+
+    def advance(
+        self, state: torch.Tensor, h: torch.Tensor, prev_token: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.step(state, self.embed(prev_token), h)
 
     def step(
         self, state: torch.Tensor, embedded: torch.Tensor, hidden: torch.Tensor
