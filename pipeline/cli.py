@@ -364,11 +364,19 @@ def _evaluate(settings: Config, *, draft: Path | None = None) -> "CacheEvaluatio
 
     draft_dir = draft or settings.train.run_dir / "draft"
     evaluation = stage_two.evaluate_draft(settings, draft_dir=draft_dir)
-    file = (draft_dir.parent if draft is None else draft) / "evaluation.json"
+    file = _place_of_numbers(settings, draft) / "evaluation.json"
     stage_two.save_evaluation(evaluation, file=file, draft_dir=draft_dir)
     with stage_two.open_reader(settings.cache) as reader:
         show.evaluation(console, evaluation, draft_dir=draft_dir, file=file, cache=reader)
     return evaluation
+
+
+def _place_of_numbers(settings: Config, draft: Path | None) -> Path:
+    """The run's folder, where reports look, for its own draft; else the folder of the draft."""
+    if draft is None:
+        return settings.train.run_dir
+    is_of_run = draft.resolve().name == "draft" and (draft.resolve().parent / "config.toml").is_file()
+    return draft.parent if is_of_run else draft
 
 
 def _decode(settings: Config, *, draft: Path | None, estimate: "CacheEvaluation") -> None:
@@ -377,7 +385,7 @@ def _decode(settings: Config, *, draft: Path | None, estimate: "CacheEvaluation"
 
     with show.progress_bar("decode") as progress:
         result = decode_draft(settings, draft_dir=draft or settings.train.run_dir / "draft", progress=progress)
-    file = (draft or settings.train.run_dir) / "decoding.json"
+    file = _place_of_numbers(settings, draft) / "decoding.json"
     replace_text(file, json.dumps(result.to_json(), indent=2) + "\n")
     show_decoding.decoding(console, result, estimate=estimate, file=file)
 

@@ -11,11 +11,16 @@ from stages.evaluate.cached import CacheEvaluation
 from stages.evaluate.decode_report import CacheComparison, DecodingRun, Difference
 
 NUM_LISTED = 5  # differing answers
+ENOUGH_PROMPTS = 30  # below that, bootstrap intervals are visibly too narrow (assumption: the usual rule of thumb)
 
 
 def decoding(console: Console, result: Decoding, *, estimate: CacheEvaluation, file: Path) -> None:
     """Tables of the runs and of the comparison, and a line for each greedy answer that was not the target's."""
-    table = Table("", title="decoding with the real target", title_justify="left", title_style="bold")
+    title = "decoding with the real target"
+    if result.confidence_threshold > 0:
+        kind = "calibrated" if result.is_calibrated else "uncalibrated"
+        title += f", blocks ended at a confidence of {result.confidence_threshold:g} ({kind})"
+    table = Table("", title=title, title_justify="left", title_style="bold")
     for run in result.runs:
         table.add_column("greedy" if run.temperature == 0 else f"temperature {run.temperature:g}")
     columns = [_describe_run(run, device=f"{result.device}, {result.num_threads} threads") for run in result.runs]
@@ -29,6 +34,8 @@ def decoding(console: Console, result: Decoding, *, estimate: CacheEvaluation, f
         console.print(f"{result.num_skipped} samples without a prompt were passed over")
     if result.comparison is not None:
         _comparison(console, result.comparison, result=result, estimate=estimate)
+    else:
+        console.print("not compared with the cache: that takes temperature 1, and whole blocks (no threshold)")
     console.print(f"numbers: {file}", markup=False)
 
 
@@ -39,7 +46,8 @@ def _describe_run(run: DecodingRun, *, device: str) -> dict[str, str]:
         "tokens a round": _interval(run.tokens_per_round),
         "expected from the distributions": _interval(run.expected_per_round),
         "acceptance by slot, of those tested": "  ".join(f"{rate:.3f}" if tested else "-" for rate, tested in rates),
-        "prompts, tokens, rounds": f"{run.num_prompts:,}, {run.num_tokens:,}, {run.num_rounds:,}",
+        "prompts, tokens (a first one each before the rounds), rounds": f"{run.num_prompts:,}, {run.num_tokens:,}, "
+        f"{run.num_rounds:,}",
         "drafted tokens a round": f"{run.num_drafted / run.num_rounds:.2f}",
         "tokens that differ from the target's own": "not compared: drawn anew"
         if run.num_differing_tokens is None
@@ -72,12 +80,24 @@ def _comparison(console: Console, comparison: CacheComparison, *, result: Decodi
     table.add_section()
     table.add_row("decoded, expected from the distributions", _interval(sampled.expected_per_round))
     table.add_row("decoded, counted", _interval(sampled.tokens_per_round))
-    verdict = "agree" if comparison.agrees else "[red]disagree[/red]"
-    table.add_row(f"expected minus replayed from the cache: they {verdict}", _interval(comparison.difference, sign="+"))
+    table.add_row(
+        f"expected minus replayed from the cache{_verdict(comparison)}", _interval(comparison.difference, sign="+")
+    )
     table.add_section()
     table.add_row("the decoded answers themselves, replayed", _interval(comparison.replayed_decoded))
     table.add_row("counted minus that: zero but for luck", _interval(comparison.difference_decoded, sign="+"))
     console.print(table)
+    if comparison.num_answers < ENOUGH_PROMPTS:
+        console.print(
+            f"{comparison.num_answers} prompts are too few to tell: intervals of so few are too narrow; raise "
+            "decode.num_prompts"
+        )
+
+
+def _verdict(comparison: CacheComparison) -> str:
+    if comparison.num_answers < ENOUGH_PROMPTS:
+        return ""
+    return ": they agree" if comparison.agrees else ": they [red]disagree[/red]"
 
 
 def _interval(estimate: Estimate, *, sign: str = "") -> str:

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,8 +127,13 @@ def test_a_draft_of_another_target_is_not_evaluated(config_file: Path, tmp_path:
     refused = dspark("evaluate", other_file, "--draft", draft, ok=False).output
     assert "trained for another target" in refused
     assert not (draft / "evaluation.json").exists()
+    numbers = draft.parent / "evaluation.json"
+    numbers.unlink()
     dspark("evaluate", config_file, "--draft", draft)
-    assert (draft / "evaluation.json").is_file()
+    assert numbers.is_file(), "where reports look"
+    copy = shutil.copytree(draft, tmp_path / "copy")
+    dspark("evaluate", config_file, "--draft", copy)
+    assert (copy / "evaluation.json").is_file()
 
 
 def test_evaluate_calibrates_the_draft_and_simulates_its_server(config_file: Path, tmp_path: Path) -> None:
