@@ -123,7 +123,8 @@ def _add_scheduling(table: Table, scheduling: Scheduling) -> None:
     table.add_row("outlook", f"{outlook.throughput.label}, on those others")
     for row in outlook.concurrencies:
         if row.num_requests in SHOWN_CONCURRENCIES:
-            fixed = f"best fixed length {row.best_length}: {row.fixed[row.best_length].tokens_per_second:,.0f}"
+            best = f"best fixed length {row.best_length}" if row.best_length else "no draft"
+            fixed = f"{best}: {row.fixed[row.best_length].tokens_per_second:,.0f}"
             table.add_row(
                 f"{row.num_requests} request" + "s" * (row.num_requests > 1),
                 f"scheduled {row.scheduled.tokens_per_second:,.0f} tokens/s, {fixed} ({row.gain:+.1%})",
