@@ -1,5 +1,6 @@
 """An endpoint that misbehaves in every way we know of, and transformers' own server that does not."""
 
+import asyncio
 import json
 import os
 import signal
@@ -8,10 +9,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from bad_server import Seen, bad_server
@@ -127,6 +129,48 @@ def test_what_every_row_would_meet_ends_the_run_at_once(
     assert seen.attempts() == {"fine a": 1, f"{mode} b": 1}
     assert (tmp_path / "out" / "work" / "outcomes.log").read_bytes().count(b"\n") == 1
     assert not read_answers(tmp_path / "out")
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n", " "])
+def test_a_key_is_sent_without_the_line_end_of_its_file(
+    tmp_path: Path, server: tuple[str, Seen], monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    url, seen = server
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}{end}")
+    run(ask_for(tmp_path, ["fine a"]), url)
+    assert seen.keys == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\r\n{KEY}", f"{KEY}\x7f{KEY}", f"{KEY}\u2019", f"\udc80{KEY}"])
+def test_what_is_no_key_is_refused_before_any_request(
+    tmp_path: Path, server: tuple[str, Seen], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    url, seen = server
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(
+        SettingError, match=r"OPENAI_API_KEY: expected printable ASCII, got another .* position"
+    ) as told:
+        run(ask_for(tmp_path, ["fine a"]), url)
+    assert KEY not in str(told.value)
+    assert not seen.bodies
+    assert not any(KEY.encode() in file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("told", [str, repr, json.dumps, lambda header: repr(header.encode())])
+def test_no_detail_holds_the_key_however_it_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[[str], str]
+) -> None:
+    key = "sk-'a\\\"secret"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+
+    async def refuse(*_arguments: Any, **_options: Any) -> None:
+        await asyncio.sleep(0)
+        raise openai.APIConnectionError(request=None) from RuntimeError(told(f"Bearer {key}"))  # type: ignore[arg-type]
+
+    monkeypatch.setattr("openai.resources.chat.completions.AsyncCompletions.create", refuse)
+    with pytest.raises(RegenerationError, match="no conversation was answered"):
+        run(ask_for(tmp_path, ["fine a"]), "http://127.0.0.1/v1")
+    assert "secret" not in read_failures(tmp_path / "out")[0][1]
 
 
 def test_one_failure_after_the_other_ends_the_run(tmp_path: Path, server: tuple[str, Seen]) -> None:

@@ -8,6 +8,7 @@ that every row would meet, which ends the run.
 import asyncio
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import openai
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion
 
+from stages.errors import SettingError
 from stages.regenerate.dialogue import Answer, Dialogue, Outcome
 from stages.regenerate.prompts import Message, Prompt, seed_of
 from stages.regenerate.render import NO_ROOM, PromptRenderer, RenderError, plan_tokens
@@ -121,7 +123,9 @@ class Endpoint:
     def _scrub(self, text: str) -> str:
         """A detail short enough to be kept, without the key."""
         key = self.client.api_key
-        text = text if key == NO_KEY else text.replace(key, "***")
+        if key != NO_KEY:  # within a repr or JSON, backslashes stand before some of its characters
+            letters = [re.escape(letter) for letter in key if letter != "\\"]
+            text = re.sub(r"\\*".join(letters), "***", text)
         return text[:MAX_DETAIL_CHARS].encode(errors="replace").decode()
 
     @property
@@ -187,15 +191,30 @@ class _FailureWatch:
 
 
 def open_client(url: str, *, section: RegenerateSection) -> AsyncOpenAI:
-    """A client whose key is `OPENAI_API_KEY` of the environment. Raises RegenerationError for what is no address."""
+    """A client whose key is `OPENAI_API_KEY` of the environment. Raises StageError for what is no key or address."""
     if not url.startswith(("http://", "https://")):
         raise RegenerationError(f"--endpoint: expected an address such as http://host:8000/v1, got {url!r}")
     return AsyncOpenAI(
         base_url=url,
-        api_key=os.environ.get("OPENAI_API_KEY") or NO_KEY,
+        api_key=parse_key(os.environ.get("OPENAI_API_KEY", "")),
         timeout=section.timeout_seconds,
         max_retries=section.max_retries,
     )
+
+
+def parse_key(text: str) -> str:
+    """The key without the blanks and line ends of the file that it was read from; `NO_KEY` for none.
+
+    Raises SettingError, which does not show the key: a header that cannot be sent is quoted by whoever refuses it.
+    """
+    key = text.strip()
+    strange = [position for position, letter in enumerate(key, start=1) if not " " <= letter <= "~"]
+    if strange:
+        raise SettingError(
+            f"OPENAI_API_KEY: expected printable ASCII, got another character at position {strange[0]} of {len(key)}; "
+            "set it to the key alone"
+        )
+    return key or NO_KEY
 
 
 def plan_request(
