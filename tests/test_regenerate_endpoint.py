@@ -141,6 +141,30 @@ def test_a_key_is_sent_without_the_line_end_of_its_file(
     assert seen.keys == {f"Bearer {KEY}"}
 
 
+ODD = ['message "hello"', "message [1]", "message 5", "message true", "deep a", "charset rot13", "charset hex"]
+
+
+def test_odd_answers_fail_their_rows_alone(tmp_path: Path, server: tuple[str, Seen]) -> None:
+    url, _ = server
+    config = ask_for(tmp_path, [*ODD, "count a", "fine b"], max_retries=0)
+    counts = run(config, url).manifest.counts
+    assert counts.failed == {"malformed answer": len(ODD)}
+    assert sorted(read_answers(tmp_path / "out")) == [len(ODD), len(ODD) + 1]
+    assert counts.num_tokens == 5, "a count that cannot be one is not added"
+    assert run(config, url).num_recorded == len(ODD)
+
+
+def test_a_template_that_refuses_an_answer_fails_its_row(tmp_path: Path, server: tuple[str, Seen]) -> None:
+    url, _ = server
+    config = ask_for(tmp_path, ["thinks a", "fine b"])
+    template = tmp_path / "strict.jinja"
+    refusal = "{% if messages[-1]['role'] == 'assistant' %}{{ raise_exception('a question must be last') }}{% endif %}"
+    template.write_text(refusal + (TARGET_DIR / "chat_template.jinja").read_text())
+    config = config.model_copy(update={"data": config.data.model_copy(update={"chat_template": template})})
+    assert run(config, url).manifest.counts.failed == {"chat template": 1}
+    assert read_failures(tmp_path / "out")[0] == ("failed", "chat template: a question must be last")
+
+
 @pytest.mark.parametrize("key", [f"{KEY}\r\n{KEY}", f"{KEY}\x7f{KEY}", f"{KEY}\u2019", f"\udc80{KEY}"])
 def test_what_is_no_key_is_refused_before_any_request(
     tmp_path: Path, server: tuple[str, Seen], monkeypatch: pytest.MonkeyPatch, key: str

@@ -15,7 +15,7 @@ from typing import Any
 
 import openai
 from openai import AsyncOpenAI
-from openai.types.chat import ChatCompletion
+from openai.types.chat import ChatCompletion, ChatCompletionMessage
 
 from stages.errors import SettingError
 from stages.regenerate.dialogue import Answer, Dialogue, Outcome
@@ -32,6 +32,7 @@ MAX_BACKOFF_SECONDS = 8.0  # as the client's
 MIN_FAILURES_TO_STOP = 32
 FIRST = asyncio.FIRST_COMPLETED
 MAX_DETAIL_CHARS = 300
+MAX_COUNT = 2**31 - 1  # tokens of one answer; a number beyond it is noise, and too large a one has no rate
 NO_KEY = "none"  # servers without a key ignore it, and the client wants one
 
 
@@ -58,14 +59,24 @@ class Endpoint:
         request = plan_request(self, messages, tools=tools, max_tokens=max_tokens, seed=seed)
         for attempt in range(self.section.max_retries + 1):
             try:
-                return parse_completion(await self.client.chat.completions.create(**request))
+                return await self._complete(request)
             except openai.OpenAIError as error:
                 raise self._explain(error) from error
-            except (MalformedError, ValueError) as error:  # ValueError: a body that is no JSON
+            except MalformedError as error:
                 if attempt == self.section.max_retries:
                     raise AskError(f"malformed answer: {error}") from error
                 await asyncio.sleep(min(0.5 * 2**attempt, MAX_BACKOFF_SECONDS) * random.uniform(0.75, 1.0))  # noqa: S311
         raise AssertionError("the last attempt returns or raises")
+
+    async def _complete(self, request: dict[str, Any]) -> Answer:
+        """Raises OpenAIError and MalformedError."""
+        try:
+            completion = await self.client.chat.completions.create(**request)
+        except openai.OpenAIError:
+            raise
+        except Exception as error:  # no JSON, too deep, an unknown charset: each decoder has errors of its own
+            raise MalformedError(self._scrub(str(error) or type(error).__name__)) from error
+        return parse_completion(completion)
 
     async def converse(self, prompt: Prompt) -> Outcome:
         """Ask for one turn after the other. Raises RegenerationError for trouble that every row would meet."""
@@ -242,7 +253,7 @@ def parse_completion(completion: Any) -> Answer:
     """
     choices: Any = completion.choices if isinstance(completion, ChatCompletion) else None
     message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
-    if message is None:
+    if not isinstance(message, ChatCompletionMessage):
         raise MalformedError("no chat completion")
     content = message.content or ""
     reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
@@ -261,4 +272,4 @@ def parse_completion(completion: Any) -> Answer:
 
 def _count(usage: Any, name: str) -> int | None:
     count = getattr(usage, name, None)
-    return count if isinstance(count, int) else None
+    return count if isinstance(count, int) and 0 <= count <= MAX_COUNT else None
