@@ -302,14 +302,41 @@ def test_a_prompt_of_another_length_is_noticed(tmp_path: Path, server: tuple[str
 
 def test_an_address_and_one_back_end_are_needed(tmp_path: Path) -> None:
     config = ask_for(tmp_path, ["fine a"])
-    with pytest.raises(RegenerationError, match="expected an address such as http"):
-        run(config, "localhost:8000")
+    for url in ("localhost:8000", "http://127.0.0.1:99999/v1", "http://[::1/v1", "http:///v1", "http://h:0/v1"):
+        with pytest.raises(SettingError, match=r"--endpoint: expected an address such as http.*, got '") as told:
+            run(config, url)
+        assert repr(url) in str(told.value)
+    with pytest.raises(SettingError, match=r"--endpoint http://a\.\..*/v1: cannot be asked: .*see to the address"):
+        run(config, "http://a..\u00e9/v1")
     for endpoint, is_local in ((None, False), ("http://x/v1", True)):
         with pytest.raises(SettingError, match="name one back end"):
             regeneration.regenerate(config, endpoint=endpoint, is_local=is_local)
     nowhere = config.model_copy(update={"regenerate": RegenerateSection()})
     with pytest.raises(SettingError, match="give --out"):
         run(nowhere, "http://x/v1")
+
+
+@pytest.mark.parametrize(
+    ("name", "proxy", "message"),
+    [
+        ("ALL_PROXY", "socks5://me:secret@127.0.0.1:1", "a SOCKS proxy needs the package socksio"),
+        ("HTTP_PROXY", "ftp://me:secret@127.0.0.1:1", "expected an address"),
+        ("HTTPS_PROXY", "http://me:secret@127.0.0.1:99999", "expected an address"),
+        ("all_proxy", "[::1", "expected an address"),
+    ],
+)
+def test_a_proxy_of_no_use_is_named(
+    tmp_path: Path, server: tuple[str, Seen], monkeypatch: pytest.MonkeyPatch, name: str, proxy: str, message: str
+) -> None:
+    url, seen = server
+    monkeypatch.setattr(endpoints, "find_spec", lambda _name: None)
+    monkeypatch.setenv(name, proxy)
+    with pytest.raises(SettingError, match=f"{name.upper()} of the environment: {message}") as told:
+        run(ask_for(tmp_path, ["fine a"]), url)
+    assert "secret" not in str(told.value)
+    assert not seen.bodies
+    monkeypatch.setenv("NO_PROXY", "*")
+    run(ask_for(tmp_path, ["fine a"]), url)
 
 
 def start(config: Config, folder: Path, url: str, *options: str) -> subprocess.Popen[str]:

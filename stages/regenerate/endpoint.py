@@ -11,7 +11,10 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import openai
 from openai import AsyncOpenAI
@@ -33,6 +36,7 @@ MIN_FAILURES_TO_STOP = 32
 FIRST = asyncio.FIRST_COMPLETED
 MAX_DETAIL_CHARS = 300
 MAX_COUNT = 2**31 - 1  # tokens of one answer; a number beyond it is noise, and too large a one has no rate
+PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")  # the client's
 NO_KEY = "none"  # servers without a key ignore it, and the client wants one
 
 
@@ -202,15 +206,42 @@ class _FailureWatch:
 
 
 def open_client(url: str, *, section: RegenerateSection) -> AsyncOpenAI:
-    """A client whose key is `OPENAI_API_KEY` of the environment. Raises StageError for what is no key or address."""
-    if not url.startswith(("http://", "https://")):
-        raise RegenerationError(f"--endpoint: expected an address such as http://host:8000/v1, got {url!r}")
-    return AsyncOpenAI(
-        base_url=url,
-        api_key=parse_key(os.environ.get("OPENAI_API_KEY", "")),
-        timeout=section.timeout_seconds,
-        max_retries=section.max_retries,
-    )
+    """A client with key and proxies of the environment. Raises SettingError for what is no address, key or proxy."""
+    if not _is_address(url, schemes=("http", "https")):
+        raise SettingError(f"--endpoint: expected an address such as http://host:8000/v1, got {url!r}")
+    _check_proxies(getproxies())
+    key = parse_key(os.environ.get("OPENAI_API_KEY", ""))
+    try:
+        return AsyncOpenAI(base_url=url, api_key=key, timeout=section.timeout_seconds, max_retries=section.max_retries)
+    except Exception as error:  # an address or a file of certificates; the errors have no common base
+        raise SettingError(f"--endpoint {url}: cannot be asked: {error}; see to the address") from error
+
+
+def _is_address(text: str, *, schemes: tuple[str, ...]) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535, brackets that do not close
+        return False
+
+
+def _check_proxies(proxies: dict[str, str]) -> None:
+    """Refuse what the client would trip over. A proxy may hold a password, so no message shows one."""
+    if "*" in (host.strip() for host in proxies.get("no", "").split(",")):
+        return
+    for name in ("http", "https", "all"):
+        proxy = proxies.get(name, "")
+        address = proxy if "://" in proxy else f"http://{proxy}"
+        if proxy and not _is_address(address, schemes=PROXY_SCHEMES):
+            raise SettingError(
+                f"{name.upper()}_PROXY of the environment: expected an address such as http://host:3128; mend or unset "
+                "it, or name the endpoint's host in NO_PROXY"
+            )
+        if address.startswith("socks") and find_spec("socksio") is None:
+            raise SettingError(
+                f"{name.upper()}_PROXY of the environment: a SOCKS proxy needs the package socksio, which is not "
+                "installed; install it, or unset the variable"
+            )
 
 
 def parse_key(text: str) -> str:
