@@ -61,5 +61,11 @@ def export_draft(
 
 
 def _served_target(facts: RunFacts, *, name: str | None) -> ServedTarget | None:
-    name = name or (None if facts.config is None else facts.config.target.model)
-    return None if name is None else ServedTarget(name=name, architectures=facts.target_architectures)
+    """A name in the config may be a folder of the place where the run was made; a revision is the hub's alone."""
+    if name is not None:
+        return ServedTarget(name=name, architectures=facts.target_architectures, is_from_hub=True)
+    if facts.config is None:
+        return None
+    target = facts.config.target
+    is_from_hub = target.revision is not None
+    return ServedTarget(name=target.model, architectures=facts.target_architectures, is_from_hub=is_from_hub)

@@ -60,7 +60,7 @@ def render_card(draft: ExportedDraft, facts: RunFacts) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a target's name can only be that of a Hugging Face repository."""
+    """Whether a target's name looks like that of a Hugging Face repository, and is no path here."""
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
@@ -90,7 +90,8 @@ def serving_notes(config: Qwen3Config) -> list[str]:
 
 
 def _front_matter(draft: ExportedDraft) -> str:
-    hub_id = draft.target.name if draft.target is not None and is_hub_id(draft.target.name) else None
+    target = draft.target
+    hub_id = target.name if target is not None and target.is_from_hub and is_hub_id(target.name) else None
     data = ModelCardData(
         base_model=hub_id,
         library_name="speculators" if draft.form == "speculators" else "transformers",

@@ -57,7 +57,7 @@ class Handler(BaseHTTPRequestHandler):
             with self.lock:
                 self.seen.num_open -= 1
 
-    def misbehave(self, mode: str, question: str, *, is_first: bool) -> None:  # noqa: C901, PLR0912
+    def misbehave(self, mode: str, question: str, *, is_first: bool) -> None:  # noqa: C901, PLR0912, PLR0915
         match mode:
             case "429" if is_first:
                 self.send(429, {"error": {"message": "slow down"}}, {"Retry-After": "1"})
@@ -85,6 +85,14 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(200, [1, 2])
             case "noise":
                 self.send(200, completion(None) | {"choices": [{"message": {"content": 5}}]})
+            case "message":
+                self.send(200, {"choices": [{"message": json.loads(question.split(maxsplit=1)[1])}]})
+            case "deep":
+                self.send_bytes(b"[" * 200_000)
+            case "charset":
+                self.send_bytes(b"abc", kind=f"text/plain; charset={question.split()[1]}")
+            case "count":
+                self.send(200, completion("x", usage={"completion_tokens": 10**400}))
             case "slow" if is_first:
                 time.sleep(SLOW_SECONDS)
                 self.send(200, completion("too late"))

@@ -95,6 +95,25 @@ def test_the_speculators_form(base: Path, run: Path, tmp_path: Path) -> None:
     assert "base_model" not in card_of(tmp_path / "own")[0]
 
 
+def test_a_folder_of_another_day_is_not_taken_for_a_hub_id(base: Path, run: Path, tmp_path: Path) -> None:
+    config, own = run / "config.toml", f'model = "{base / "target"}"'
+    given = config.read_text()
+    assert own in given
+    named = ("--target", "models/qwen")
+    for name, lines, arguments, expected in (
+        ("path", 'model = "models/qwen"', (), None),
+        ("revision", 'model = "models/qwen"\nrevision = "main"', (), "models/qwen"),
+        ("named", 'model = "models/qwen"', named, "models/qwen"),
+    ):
+        config.write_text(given.replace(own, lines))
+        assert dspark("export", run / "draft", tmp_path / name, *arguments).exit_code == 0
+        assert card_of(tmp_path / name)[0].get("base_model") == expected
+    refused = dspark("export", run / "draft", tmp_path / "evil", "--target", "evil\n# x")
+    assert refused.exit_code == 1
+    assert "expected printable characters, got 'evil\\n# x'" in refused.output
+    assert not (tmp_path / "evil").exists()
+
+
 def test_metrics_are_those_of_the_exported_weights(run: Path, tmp_path: Path) -> None:
     for step, is_final in ((2, False), (3, True)):
         out = tmp_path / f"step{step}"

@@ -1,5 +1,6 @@
 """An endpoint that misbehaves in every way we know of, and transformers' own server that does not."""
 
+import asyncio
 import json
 import os
 import signal
@@ -8,10 +9,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from bad_server import Seen, bad_server
@@ -129,6 +131,72 @@ def test_what_every_row_would_meet_ends_the_run_at_once(
     assert not read_answers(tmp_path / "out")
 
 
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n", " "])
+def test_a_key_is_sent_without_the_line_end_of_its_file(
+    tmp_path: Path, server: tuple[str, Seen], monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    url, seen = server
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}{end}")
+    run(ask_for(tmp_path, ["fine a"]), url)
+    assert seen.keys == {f"Bearer {KEY}"}
+
+
+ODD = ['message "hello"', "message [1]", "message 5", "message true", "deep a", "charset rot13", "charset hex"]
+
+
+def test_odd_answers_fail_their_rows_alone(tmp_path: Path, server: tuple[str, Seen]) -> None:
+    url, _ = server
+    config = ask_for(tmp_path, [*ODD, "count a", "fine b"], max_retries=0)
+    counts = run(config, url).manifest.counts
+    assert counts.failed == {"malformed answer": len(ODD)}
+    assert sorted(read_answers(tmp_path / "out")) == [len(ODD), len(ODD) + 1]
+    assert counts.num_tokens == 5, "a count that cannot be one is not added"
+    assert run(config, url).num_recorded == len(ODD)
+
+
+def test_a_template_that_refuses_an_answer_fails_its_row(tmp_path: Path, server: tuple[str, Seen]) -> None:
+    url, _ = server
+    config = ask_for(tmp_path, ["thinks a", "fine b"])
+    template = tmp_path / "strict.jinja"
+    refusal = "{% if messages[-1]['role'] == 'assistant' %}{{ raise_exception('a question must be last') }}{% endif %}"
+    template.write_text(refusal + (TARGET_DIR / "chat_template.jinja").read_text())
+    config = config.model_copy(update={"data": config.data.model_copy(update={"chat_template": template})})
+    assert run(config, url).manifest.counts.failed == {"chat template": 1}
+    assert read_failures(tmp_path / "out")[0] == ("failed", "chat template: a question must be last")
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\r\n{KEY}", f"{KEY}\x7f{KEY}", f"{KEY}\u2019", f"\udc80{KEY}"])
+def test_what_is_no_key_is_refused_before_any_request(
+    tmp_path: Path, server: tuple[str, Seen], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    url, seen = server
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(
+        SettingError, match=r"OPENAI_API_KEY: expected printable ASCII, got another .* position"
+    ) as told:
+        run(ask_for(tmp_path, ["fine a"]), url)
+    assert KEY not in str(told.value)
+    assert not seen.bodies
+    assert not any(KEY.encode() in file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("told", [str, repr, json.dumps, lambda header: repr(header.encode())])
+def test_no_detail_holds_the_key_however_it_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[[str], str]
+) -> None:
+    key = "sk-'a\\\"secret"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+
+    async def refuse(*_arguments: Any, **_options: Any) -> None:
+        await asyncio.sleep(0)
+        raise openai.APIConnectionError(request=None) from RuntimeError(told(f"Bearer {key}"))  # type: ignore[arg-type]
+
+    monkeypatch.setattr("openai.resources.chat.completions.AsyncCompletions.create", refuse)
+    with pytest.raises(RegenerationError, match="no conversation was answered"):
+        run(ask_for(tmp_path, ["fine a"]), "http://127.0.0.1/v1")
+    assert "secret" not in read_failures(tmp_path / "out")[0][1]
+
+
 def test_one_failure_after_the_other_ends_the_run(tmp_path: Path, server: tuple[str, Seen]) -> None:
     url, seen = server
     config = ask_for(tmp_path, [f"400 {row}" for row in range(100)], concurrency=4)
@@ -234,14 +302,41 @@ def test_a_prompt_of_another_length_is_noticed(tmp_path: Path, server: tuple[str
 
 def test_an_address_and_one_back_end_are_needed(tmp_path: Path) -> None:
     config = ask_for(tmp_path, ["fine a"])
-    with pytest.raises(RegenerationError, match="expected an address such as http"):
-        run(config, "localhost:8000")
+    for url in ("localhost:8000", "http://127.0.0.1:99999/v1", "http://[::1/v1", "http:///v1", "http://h:0/v1"):
+        with pytest.raises(SettingError, match=r"--endpoint: expected an address such as http.*, got '") as told:
+            run(config, url)
+        assert repr(url) in str(told.value)
+    with pytest.raises(SettingError, match=r"--endpoint http://a\.\..*/v1: cannot be asked: .*see to the address"):
+        run(config, "http://a..\u00e9/v1")
     for endpoint, is_local in ((None, False), ("http://x/v1", True)):
         with pytest.raises(SettingError, match="name one back end"):
             regeneration.regenerate(config, endpoint=endpoint, is_local=is_local)
     nowhere = config.model_copy(update={"regenerate": RegenerateSection()})
     with pytest.raises(SettingError, match="give --out"):
         run(nowhere, "http://x/v1")
+
+
+@pytest.mark.parametrize(
+    ("name", "proxy", "message"),
+    [
+        ("ALL_PROXY", "socks5://me:secret@127.0.0.1:1", "a SOCKS proxy needs the package socksio"),
+        ("HTTP_PROXY", "ftp://me:secret@127.0.0.1:1", "expected an address"),
+        ("HTTPS_PROXY", "http://me:secret@127.0.0.1:99999", "expected an address"),
+        ("all_proxy", "[::1", "expected an address"),
+    ],
+)
+def test_a_proxy_of_no_use_is_named(
+    tmp_path: Path, server: tuple[str, Seen], monkeypatch: pytest.MonkeyPatch, name: str, proxy: str, message: str
+) -> None:
+    url, seen = server
+    monkeypatch.setattr(endpoints, "find_spec", lambda _name: None)
+    monkeypatch.setenv(name, proxy)
+    with pytest.raises(SettingError, match=f"{name.upper()} of the environment: {message}") as told:
+        run(ask_for(tmp_path, ["fine a"]), url)
+    assert "secret" not in str(told.value)
+    assert not seen.bodies
+    monkeypatch.setenv("NO_PROXY", "*")
+    run(ask_for(tmp_path, ["fine a"]), url)
 
 
 def start(config: Config, folder: Path, url: str, *options: str) -> subprocess.Popen[str]:

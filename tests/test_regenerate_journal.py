@@ -1,6 +1,9 @@
 """The journal keeps every whole line through any tear, and what is published is a function of it."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,17 @@ def make_manifest(**changes: object) -> RegenerationManifest:
         "chat_template_digest": "j",
     }
     return RegenerationManifest(identity=RegenerationIdentity(**{**fields, **changes}), provenance={})
+
+
+@contextmanager
+def disk_of(num_bytes: int) -> Iterator[None]:
+    """A limit on the size of a file stands for the disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 OUTCOMES = [make_outcome(row, text="zwölf\n\ud800" * row) for row in (4, 0, 2)] + [make_outcome(9, "dropped")]
@@ -170,3 +184,30 @@ def test_files_are_found_to_be_regenerated_and_unchanged(tmp_path: Path) -> None
     file.write_bytes(file.read_bytes() + b"\n")
     with pytest.raises(RegenerationError, match=r"conversations-00000\.jsonl: has [\d,]+ bytes, but"):
         find_manifests([str(file)])
+
+
+def record(file: Path, rows: range) -> None:
+    with Journal(file) as journal:
+        for row in rows:
+            journal.append([make_outcome(row)])
+
+
+def test_a_full_disk_is_named_and_the_same_command_continues(tmp_path: Path) -> None:
+    manifest = make_manifest()
+    advice = r"cannot write: File too large; .*run the same command again: it continues"
+    with disk_of(100), pytest.raises(RegenerationError, match=rf"regeneration\.json: {advice}"):
+        prepare_folder(tmp_path, manifest)
+    prepare_folder(tmp_path, manifest)
+    file = tmp_path / "work" / "outcomes.log"
+    with disk_of(1000), pytest.raises(RegenerationError, match=rf"outcomes\.log: {advice}"):
+        record(file, range(10))
+    assert file.stat().st_size == 1000, "torn"
+    with Journal(file) as journal:
+        num_kept = journal.num_known
+    assert 0 < num_kept < 10
+    record(file, range(num_kept, 10))
+    with Journal(file) as journal:
+        with disk_of(500), pytest.raises(RegenerationError, match=rf"conversations-00000\.jsonl: {advice}"):
+            publish(tmp_path, journal.outcomes(), manifest=manifest)
+        assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["outcomes.log", "regeneration.json", "work"]
+        assert publish(tmp_path, journal.outcomes(), manifest=manifest).files.keys() == {"conversations-00000.jsonl"}

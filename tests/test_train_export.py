@@ -296,15 +296,28 @@ def drop(name: str) -> Callable[[Path], None]:
     return damage
 
 
-def no_gate(folder: Path) -> None:
+def put_in_config(folder: Path, **changes: object) -> None:
     fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | {"markov_head_type": "vanilla"}))
+    (folder / "config.json").write_text(json.dumps(fields | changes))
+
+
+def no_gate(folder: Path) -> None:
+    put_in_config(folder, markov_head_type="vanilla")
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "no draft here"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no draft here"),
     "config cut": (lambda folder: (folder / "config.json").write_text('{"a'), r"as a draft: config\.json"),
+    "config a list": (
+        lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: expected a JSON object",
+    ),
+    "config of other types": (
+        lambda folder: put_in_config(folder, markov_rank=[]), r"out: cannot be read as a draft: int\(\) argument must",
+    ),
+    "config without sense": (
+        lambda folder: put_in_config(folder, num_attention_heads="x"), r"as a draft: .*num_attention_heads",
+    ),
     "weights cut": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"), r"as a draft: model\.safetensors",
     ),
@@ -323,6 +336,12 @@ def test_a_folder_that_is_no_whole_draft_is_refused(kind: str, tmp_path: Path) -
     damage(folder)
     with pytest.raises(SettingError, match=message):
         read_draft(folder)
+
+
+@pytest.mark.parametrize("name", ["evil\n# x", "a/b\r", "a\x1b[31m", "a\u2028b", "a\ud800"])
+def test_a_name_that_would_break_a_card_is_refused(name: str) -> None:
+    with pytest.raises(ExportError, match="the target's name: expected printable characters, got '"):
+        ServedTarget(name=name)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -8,14 +8,19 @@ that every row would meet, which ends the run.
 import asyncio
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import openai
 from openai import AsyncOpenAI
-from openai.types.chat import ChatCompletion
+from openai.types.chat import ChatCompletion, ChatCompletionMessage
 
+from stages.errors import SettingError
 from stages.regenerate.dialogue import Answer, Dialogue, Outcome
 from stages.regenerate.prompts import Message, Prompt, seed_of
 from stages.regenerate.render import NO_ROOM, PromptRenderer, RenderError, plan_tokens
@@ -30,6 +35,8 @@ MAX_BACKOFF_SECONDS = 8.0  # as the client's
 MIN_FAILURES_TO_STOP = 32
 FIRST = asyncio.FIRST_COMPLETED
 MAX_DETAIL_CHARS = 300
+MAX_COUNT = 2**31 - 1  # tokens of one answer; a number beyond it is noise, and too large a one has no rate
+PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")  # the client's
 NO_KEY = "none"  # servers without a key ignore it, and the client wants one
 
 
@@ -56,14 +63,24 @@ class Endpoint:
         request = plan_request(self, messages, tools=tools, max_tokens=max_tokens, seed=seed)
         for attempt in range(self.section.max_retries + 1):
             try:
-                return parse_completion(await self.client.chat.completions.create(**request))
+                return await self._complete(request)
             except openai.OpenAIError as error:
                 raise self._explain(error) from error
-            except (MalformedError, ValueError) as error:  # ValueError: a body that is no JSON
+            except MalformedError as error:
                 if attempt == self.section.max_retries:
                     raise AskError(f"malformed answer: {error}") from error
                 await asyncio.sleep(min(0.5 * 2**attempt, MAX_BACKOFF_SECONDS) * random.uniform(0.75, 1.0))  # noqa: S311
         raise AssertionError("the last attempt returns or raises")
+
+    async def _complete(self, request: dict[str, Any]) -> Answer:
+        """Raises OpenAIError and MalformedError."""
+        try:
+            completion = await self.client.chat.completions.create(**request)
+        except openai.OpenAIError:
+            raise
+        except Exception as error:  # no JSON, too deep, an unknown charset: each decoder has errors of its own
+            raise MalformedError(self._scrub(str(error) or type(error).__name__)) from error
+        return parse_completion(completion)
 
     async def converse(self, prompt: Prompt) -> Outcome:
         """Ask for one turn after the other. Raises RegenerationError for trouble that every row would meet."""
@@ -121,7 +138,9 @@ class Endpoint:
     def _scrub(self, text: str) -> str:
         """A detail short enough to be kept, without the key."""
         key = self.client.api_key
-        text = text if key == NO_KEY else text.replace(key, "***")
+        if key != NO_KEY:  # within a repr or JSON, backslashes stand before some of its characters
+            letters = [re.escape(letter) for letter in key if letter != "\\"]
+            text = re.sub(r"\\*".join(letters), "***", text)
         return text[:MAX_DETAIL_CHARS].encode(errors="replace").decode()
 
     @property
@@ -187,15 +206,57 @@ class _FailureWatch:
 
 
 def open_client(url: str, *, section: RegenerateSection) -> AsyncOpenAI:
-    """A client whose key is `OPENAI_API_KEY` of the environment. Raises RegenerationError for what is no address."""
-    if not url.startswith(("http://", "https://")):
-        raise RegenerationError(f"--endpoint: expected an address such as http://host:8000/v1, got {url!r}")
-    return AsyncOpenAI(
-        base_url=url,
-        api_key=os.environ.get("OPENAI_API_KEY") or NO_KEY,
-        timeout=section.timeout_seconds,
-        max_retries=section.max_retries,
-    )
+    """A client with key and proxies of the environment. Raises SettingError for what is no address, key or proxy."""
+    if not _is_address(url, schemes=("http", "https")):
+        raise SettingError(f"--endpoint: expected an address such as http://host:8000/v1, got {url!r}")
+    _check_proxies(getproxies())
+    key = parse_key(os.environ.get("OPENAI_API_KEY", ""))
+    try:
+        return AsyncOpenAI(base_url=url, api_key=key, timeout=section.timeout_seconds, max_retries=section.max_retries)
+    except Exception as error:  # an address or a file of certificates; the errors have no common base
+        raise SettingError(f"--endpoint {url}: cannot be asked: {error}; see to the address") from error
+
+
+def _is_address(text: str, *, schemes: tuple[str, ...]) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535, brackets that do not close
+        return False
+
+
+def _check_proxies(proxies: dict[str, str]) -> None:
+    """Refuse what the client would trip over. A proxy may hold a password, so no message shows one."""
+    if "*" in (host.strip() for host in proxies.get("no", "").split(",")):
+        return
+    for name in ("http", "https", "all"):
+        proxy = proxies.get(name, "")
+        address = proxy if "://" in proxy else f"http://{proxy}"
+        if proxy and not _is_address(address, schemes=PROXY_SCHEMES):
+            raise SettingError(
+                f"{name.upper()}_PROXY of the environment: expected an address such as http://host:3128; mend or unset "
+                "it, or name the endpoint's host in NO_PROXY"
+            )
+        if address.startswith("socks") and find_spec("socksio") is None:
+            raise SettingError(
+                f"{name.upper()}_PROXY of the environment: a SOCKS proxy needs the package socksio, which is not "
+                "installed; install it, or unset the variable"
+            )
+
+
+def parse_key(text: str) -> str:
+    """The key without the blanks and line ends of the file that it was read from; `NO_KEY` for none.
+
+    Raises SettingError, which does not show the key: a header that cannot be sent is quoted by whoever refuses it.
+    """
+    key = text.strip()
+    strange = [position for position, letter in enumerate(key, start=1) if not " " <= letter <= "~"]
+    if strange:
+        raise SettingError(
+            f"OPENAI_API_KEY: expected printable ASCII, got another character at position {strange[0]} of {len(key)}; "
+            "set it to the key alone"
+        )
+    return key or NO_KEY
 
 
 def plan_request(
@@ -223,7 +284,7 @@ def parse_completion(completion: Any) -> Answer:
     """
     choices: Any = completion.choices if isinstance(completion, ChatCompletion) else None
     message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
-    if message is None:
+    if not isinstance(message, ChatCompletionMessage):
         raise MalformedError("no chat completion")
     content = message.content or ""
     reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
@@ -242,4 +303,4 @@ def parse_completion(completion: Any) -> Answer:
 
 def _count(usage: Any, name: str) -> int | None:
     count = getattr(usage, name, None)
-    return count if isinstance(count, int) else None
+    return count if isinstance(count, int) and 0 <= count <= MAX_COUNT else None

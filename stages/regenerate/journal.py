@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from stages.regenerate.dialogue import Outcome
+from stages.regenerate.disk import disk_errors
 from stages.regeneration_record import RegenerationError
 from storage.files import crc32c_hex
 
@@ -27,7 +28,8 @@ class Journal:
     def __init__(self, file: Path) -> None:
         """Open or create; a torn end is cut off. Raises RegenerationError if a line before the end is damaged."""
         self._file = file
-        self._stream = file.open("a+b")
+        with disk_errors(file):
+            self._stream = file.open("a+b")
         self._places: dict[int, int] = {}  # row -> offset of the line that counts
         self._kinds: dict[int, str] = {}
         self._synced_at = time.monotonic()
@@ -42,8 +44,11 @@ class Journal:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.sync()
-        self._stream.close()
+        try:
+            self.sync()
+        finally:
+            with disk_errors(self._file):
+                self._stream.close()
 
     def is_finished(self, row: int) -> bool:
         """Whether the row is never asked again: it was answered, or what was answered is of no use."""
@@ -60,20 +65,22 @@ class Journal:
         return sum(kind != "failed" for kind in self._kinds.values())
 
     def append(self, outcomes: Iterable[Outcome]) -> None:
-        """Write all of them in one go, and sync now and then."""
+        """Write all of them in one go, and sync now and then. Raises RegenerationError for a disk that refuses."""
         offset, lines = self._stream.seek(0, os.SEEK_END), []
         for outcome in outcomes:
             line = _render(outcome)
             lines.append(line)
             self._places[outcome.row], self._kinds[outcome.row] = offset, outcome.kind
             offset += len(line)
-        self._stream.write(b"".join(lines))
-        self._stream.flush()
+        with disk_errors(self._file):
+            self._stream.write(b"".join(lines))
+            self._stream.flush()
         if time.monotonic() - self._synced_at > SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
-        os.fsync(self._stream.fileno())
+        with disk_errors(self._file):
+            os.fsync(self._stream.fileno())
         self._synced_at = time.monotonic()
 
     def outcomes(self) -> Iterator[Outcome]:
@@ -112,7 +119,8 @@ class Journal:
                 "again, or put the file back"
             )
         logger.warning("%s: a torn end at line %d is cut off; its rows are asked again", self._file, number)
-        self._stream.truncate(offset)
+        with disk_errors(self._file):
+            self._stream.truncate(offset)
 
 
 def _render(outcome: Outcome) -> bytes:

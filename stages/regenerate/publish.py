@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from stages.regenerate.dialogue import Outcome
+from stages.regenerate.disk import disk_errors
 from stages.regeneration_record import (
     MANIFEST,
     RegenerationCounts,
@@ -42,7 +43,8 @@ def prepare_folder(folder: Path, manifest: RegenerationManifest) -> None:
             raise RegenerationError(
                 f"{folder}: holds {', '.join(foreign[:5])}, but no {MANIFEST}; name a new or empty folder"
             )
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
+        with disk_errors(folder / WORK):
+            (folder / WORK).mkdir(parents=True, exist_ok=True)
         write_manifest(folder, manifest)
     else:
         _check_identity(found.identity, manifest.identity, folder=folder)
@@ -141,15 +143,19 @@ class _Counter:
 
 @contextmanager
 def _published(file: Path) -> Iterator[IO[bytes]]:
-    """A file that is there whole under its name, or not at all: temporary name, sync, rename, sync the folder."""
+    """A file that is there whole under its name, or not at all: temporary name, sync, rename, sync the folder.
+
+    Raises RegenerationError for a disk that refuses.
+    """
     temp = temp_path(file)
-    try:
-        with temp.open("xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temp.rename(file)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
-    sync_directory(file.parent)
+    with disk_errors(file):
+        try:
+            with temp.open("xb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            temp.rename(file)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
+        sync_directory(file.parent)

@@ -20,18 +20,18 @@ class PromptRenderer:
 
     def __call__(self, messages: list[Message], *, tools: list[Any] | None) -> list[int]:
         """Raises RenderError."""
-        try:
-            encoded = self._tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True, **self._variables
-            )
-        except Exception as error:  # a template is a program: it can raise anything
-            raise RenderError(f"chat template: {(str(error).splitlines() or ['?'])[0][:120]}") from error
+        encoded = self._apply(messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True)
         return [int(token) for token in encoded["input_ids"]]
 
     def shows(self, messages: list[Message], text: str, *, tools: list[Any] | None) -> bool:
-        """Whether the template renders a text that some message of the conversation carries."""
-        options = {"tools": tools, "tokenize": False, **self._variables}
-        return text.strip() in str(self._tokenizer.apply_chat_template(messages, **options))
+        """Whether the template renders a text that some message of the conversation carries. Raises RenderError."""
+        return text.strip() in str(self._apply(messages, tools=tools, tokenize=False))
+
+    def _apply(self, messages: list[Message], **options: Any) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(messages, **options, **self._variables)
+        except Exception as error:  # a template is a program: it can raise anything
+            raise RenderError(f"chat template: {(str(error).splitlines() or ['?'])[0][:120]}") from error
 
     def decode(self, ids: list[int]) -> str:
         """Text of answer tokens, markers of thinking and of tool calls included."""

@@ -23,8 +23,9 @@ def read_draft(folder: Path, *, dtype: torch.dtype = torch.float32) -> Qwen3DSpa
     check_draft_folder(folder)
     try:
         model: Qwen3DSparkModel = Qwen3DSparkModel.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SettingError(f"{folder}: cannot be read as a draft: {error}") from error
+    except Exception as error:  # a config of the wrong types: transformers, torch and Python each refuse it otherwise
+        reason = str(error) or type(error).__name__
+        raise SettingError(f"{folder}: cannot be read as a draft: {reason}") from error
     return model
 
 
@@ -53,7 +54,9 @@ def _is_speculators_form(folder: Path) -> bool:
         fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise SettingError(f"{folder}: cannot be read as a draft: {CONFIG_FILE}: {error}") from error
-    return isinstance(fields, dict) and "speculators_model_type" in fields
+    if not isinstance(fields, dict):
+        raise SettingError(f"{folder}: cannot be read as a draft: {CONFIG_FILE}: expected a JSON object")
+    return "speculators_model_type" in fields
 
 
 def _tensor_names(folder: Path) -> set[str]:

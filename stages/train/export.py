@@ -47,10 +47,22 @@ class ExportError(StageError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class ServedTarget:
-    """The target as a server is told of it: hub id or path, and `architectures` of its config.json where known."""
+    """The target as a server is told of it: hub id or path, and `architectures` of its config.json where known.
+
+    `is_from_hub`: a name that looks like a hub id is known to be one, not a folder of another machine or another day.
+    """
 
     name: str
     architectures: tuple[str, ...] = ()
+    is_from_hub: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ExportError for a name with characters that would break the lines of a card or a command."""
+        if not self.name.isprintable():
+            raise ExportError(
+                f"the target's name: expected printable characters, got {self.name!r}; give --target with the hub id "
+                "or path that servers load"
+            )
 
 
 def dspark_fields(config: Qwen3Config, *, dtype: torch.dtype) -> dict[str, Any]:
