@@ -20,6 +20,7 @@ from pipeline.cli import main
 from pipeline.report.compare import Comparison, compare_runs, headline, paired_difference
 from pipeline.report.figures import COLOURS, draw_plots, plan_styles
 from pipeline.report.runs import Run, common_folder, differing_keys, find_runs, read_runs
+from pipeline.report.words import Difference
 from pipeline.sweep.record import write_trial
 from stages.errors import SettingError
 from stages.evaluate.calibration import Origin
@@ -124,12 +125,11 @@ def read(*folders: Path) -> Comparison:
 
 
 def test_a_paired_difference_equals_a_plain_bootstrap() -> None:
-    one, other = evaluate(gain=0.1), evaluate(gain=0.08, seed=3, num_samples=25)
+    one, other = evaluate(gain=0.1), evaluate(gain=0.08, seed=3)
     found = paired_difference(one, other)
     assert found is not None
-    taus = {sample.sample_id: sample for sample in other.samples}
-    pairs = [(s.num_blocks, s.tau - taus[s.sample_id].tau) for s in one.samples if s.sample_id in taus]
-    assert len(pairs) == 25
+    pairs = [(s.num_blocks, s.tau - o.tau) for s, o in zip(one.samples, other.samples, strict=True)]
+    assert len(pairs) == 30
     assert found.mean == pytest.approx(sum(n * d for n, d in pairs) / sum(n for n, _ in pairs))
     rng, means = np.random.default_rng(17), []
     for _ in range(2000):
@@ -171,6 +171,60 @@ def test_runs_measured_on_other_blocks_are_not_compared(tmp_path: Path) -> None:
     assert "the others were measured on other blocks" in headline(comparison)
 
 
+def test_a_run_measured_on_fewer_conversations_is_not_held_against_the_others(tmp_path: Path) -> None:
+    """One lucky conversation gives a weak draft the highest tau, and says nothing of the others."""
+    lucky = evaluate(gain=0.15, num_samples=1)
+    good, fair = evaluate(gain=0.1), evaluate(gain=0.0)
+    assert lucky.tau > good.tau
+    assert paired_difference(lucky, good) is None
+    folders = [make_run(tmp_path / name, found) for name, found in (("weak", lucky), ("good", good), ("fair", fair))]
+    comparison = read(*folders)
+    assert comparison.choice is None
+    assert "nothing to compare it with, since the others were measured on other blocks" in headline(comparison)
+    result = report(*folders)
+    page = Page(tmp_path / "report.html")
+    line = (
+        "Not comparable, since measured on different blocks: weak (1 conversation, 4 blocks, cache 000000000000, "
+        "evaluate.num_anchors 4, evaluate.seed 0); good, fair (30 conversations, 120 blocks, cache 000000000000, "
+        "evaluate.num_anchors 4, evaluate.seed 0)."
+    )
+    assert line in " ".join(result.output.split())
+    assert line in re.sub("<[^>]*>", "", (tmp_path / "report.html").read_text())
+    assert [row[3] for row in page.rows[1:4]] == ["best", "not comparable", "not comparable"]
+    assert "ship this" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_difference_is_clear_only_in_favour_of_the_best() -> None:
+    assert Difference(mean=0.02, low=0.01, high=0.03).is_clear
+    assert not Difference(mean=-0.02, low=-0.03, high=-0.01).is_clear
+    assert not Difference(mean=0.0, low=0.0, high=0.0).is_clear
+
+
+@pytest.mark.parametrize("num_samples", [1, 4, 5])
+def test_a_handful_of_conversations_is_needed_for_a_claim(tmp_path: Path, num_samples: int) -> None:
+    """The interval of one conversation has no width, which would make any difference one beyond chance."""
+    better = make_run(tmp_path / "better", evaluate(gain=0.1, num_samples=num_samples))
+    worse = make_run(tmp_path / "worse", evaluate(gain=0.0, num_samples=num_samples))
+    comparison = read(better, worse)
+    if num_samples == 5:
+        assert headline(comparison).startswith("Ship better")
+        return
+    few = {1: "1 conversation", 4: "4 conversations"}[num_samples]
+    assert comparison.choice is None
+    assert headline(comparison).startswith("better has tau ")
+    assert headline(comparison).endswith(f"{few} cannot tell runs apart (it takes 5 at least).")
+
+
+def test_time_does_not_decide_between_runs_that_are_alike(tmp_path: Path) -> None:
+    """Seconds are noise: of equal parameters, the higher tau, however long it took."""
+    best = make_run(tmp_path / "best", evaluate(gain=0.1, seed=1), num_steps=12)
+    quick = make_run(tmp_path / "quick", evaluate(gain=0.1, seed=2), num_steps=2)
+    comparison = read(best, quick)
+    assert [run.name for run in comparison.ties] == ["quick"]
+    assert comparison.choice is comparison.best is comparison.runs[0]
+    assert "None of those has fewer trained parameters (100)." in headline(comparison)
+
+
 def test_the_sentence_names_the_cheapest_of_those_that_are_alike(tmp_path: Path) -> None:
     noisy = make_run(tmp_path / "noisy", evaluate(gain=0.1, seed=1), num_parameters=1000)
     cheap = make_run(tmp_path / "cheap", evaluate(gain=0.1, seed=2), num_parameters=10)
@@ -180,7 +234,7 @@ def test_the_sentence_names_the_cheapest_of_those_that_are_alike(tmp_path: Path)
     assert comparison.choice is not None
     assert comparison.choice.name == "cheap"
     assert headline(comparison).startswith("Ship cheap: tau ")
-    assert "10 trained parameters" in headline(comparison)
+    assert "fewest trained parameters of those that cannot be told from the best (10)" in headline(comparison)
     assert "not beyond chance" in headline(comparison)
 
 

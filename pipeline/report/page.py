@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline.report.compare import Comparison, headline
+from pipeline.report.compare import Comparison, describe_groups, headline
 from pipeline.report.figures import Plot, draw_plots
 from pipeline.report.runs import Run, differing_keys
 from pipeline.report.words import describe_seconds, format_bytes, format_difference, format_value
@@ -46,6 +46,7 @@ def render_page(comparison: Comparison, plots: list[Plot]) -> str:
     keys = differing_keys(comparison.runs)
     return environment.get_template(TEMPLATE).render(
         headline=headline(comparison),
+        groups=describe_groups(comparison),
         keys=keys,
         rows=[_row(run, comparison, keys) for run in comparison.runs],
         plots=[_describe_plot(plot) for plot in plots],
@@ -74,7 +75,7 @@ def _row(run: Run, comparison: Comparison, keys: list[str]) -> dict[str, Any]:
         row["measured"] = {
             "tau": f"{found.tau:.3f}",
             "interval": f"{found.tau_low:.3f} to {found.tau_high:.3f}",
-            "behind": format_difference(difference) or ("best" if row["is_best"] else "other blocks"),
+            "behind": format_difference(difference) or ("best" if row["is_best"] else "not comparable"),
             "is_tied": difference is not None and not difference.is_clear,
             "accept": f"{found.accept_rate_per_pos[0]:.3f} … {found.accept_rate_per_pos[-1]:.3f}",
             "top1": f"{found.top1_agreement:.3f}",

@@ -51,7 +51,7 @@ class Evaluation(CacheEvaluation):
     format_version: Literal[1] = FORMAT_VERSION
     block_size: int
     origin: Origin
-    """Drafts with equal origins can be compared sample by sample, on the samples that both have."""
+    """Drafts with equal origins have the same blocks in a sample; comparable are those that have equal samples, too."""
     samples: tuple[SampleTau, ...]
     """In the order of sample ids; samples without a block are left out."""
     reliability: Reliability | None
