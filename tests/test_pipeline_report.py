@@ -245,6 +245,12 @@ def test_the_sentence_about_fewer_than_two_runs(tmp_path: Path, count: int) -> N
     assert ("there is no other evaluated run" if count else "No run has been evaluated") in text
 
 
+def test_an_interval_that_leaves_tau_out_by_a_last_bit_is_drawn(tmp_path: Path) -> None:
+    found = evaluate(num_samples=1)
+    folder = make_run(tmp_path / "run", found.model_copy(update={"tau_low": np.nextafter(found.tau, 9.0)}))
+    assert report(folder).exit_code == 0
+
+
 # Reading
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.report.runs import Run
 from pipeline.report.words import Difference, join_names
-from stages.evaluate.bootstrap import bootstrap_ratio
+from stages.evaluate.bootstrap import estimate_ratio
 from stages.evaluate.calibration import Origin
 from stages.evaluate.evaluation import Evaluation
 
@@ -96,8 +96,8 @@ def paired_difference(one: Evaluation, other: Evaluation) -> Difference | None:
     pairs = list(zip(one.samples, other.samples, strict=True))
     blocks = np.array([first.num_blocks for first, _ in pairs])
     gains = np.array([first.tau - second.tau for first, second in pairs]) * blocks
-    low, high = bootstrap_ratio(gains, blocks, groups=np.array([first.sample_id for first, _ in pairs]))
-    return Difference(mean=float(gains.sum() / blocks.sum()), low=low, high=high)
+    found = estimate_ratio(gains, blocks)
+    return Difference(mean=found.value, low=found.low, high=found.high)
 
 
 def headline(comparison: Comparison) -> str:
