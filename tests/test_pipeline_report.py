@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -20,12 +21,13 @@ from pipeline.cli import main
 from pipeline.report.compare import Comparison, compare_runs, headline, paired_difference
 from pipeline.report.figures import COLOURS, draw_plots, plan_styles
 from pipeline.report.runs import Run, common_folder, differing_keys, find_runs, read_runs
-from pipeline.report.words import Difference
+from pipeline.report.words import Difference, readable
 from pipeline.sweep.record import write_trial
 from stages.errors import SettingError
 from stages.evaluate.calibration import Origin
 from stages.evaluate.evaluation import Evaluation, evaluate_fully, write_evaluation
 from stages.evaluate.throughput import assumed_table
+from stages.train.metrics import read_metrics
 from test_evaluate import make_scores
 
 K = 3
@@ -57,9 +59,10 @@ def make_run(
 ) -> Path:
     """A run's folder with everything that a report reads, where nothing was trained."""
     folder.mkdir(parents=True)
+    run_dir = readable(str(folder))
     values = {"lr": 0.001, "seed": 0} | (config or {})
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    (folder / "config.toml").write_text("\n".join(["[train]", f"run_dir = {json.dumps(str(folder))}", *lines]) + "\n")
+    (folder / "config.toml").write_text("\n".join(["[train]", f"run_dir = {json.dumps(run_dir)}", *lines]) + "\n")
     rows = [
         {"kind": "train", "step": step, "loss": 3 / step, "seconds": 0.5, "lr": 1e-3}
         for step in range(1, num_steps + 1)
@@ -296,9 +299,15 @@ def test_only_what_differs_is_shown(tmp_path: Path) -> None:
         ("evaluation.json", "not JSON", "is not JSON"),
         ("metrics.jsonl", '{"kind": "train"}\n[1]\ngarbage\n', None),
         ("config.toml", "not = = TOML", None),
+        ("config.toml", 'title = "x"\n', None),
+        ("config.toml", "[[draft]]\nnum_layers = 1\n", None),
+        ("config.toml", f"a = {'[' * 5000}", None),
         ("draft/model.safetensors", "short", None),
         ("draft/model.safetensors", "\x01\x00\x00\x00\x00\x00\x00\x00[", None),
+        ("draft/model.safetensors", f"{chr(100)}{chr(0) * 7}" + '{"a": {"shape": [1e999]}}'.ljust(100), None),
         ("trial.json", "[]", None),
+        ("trial.json", '{"format_version": 1, "origin": "x"}', None),
+        ("trial.json", '{"format_version": 1, "state": "\\ud800"}', None),
         ("trial.json", '{"format_version": 9}', None),
     ],
 )
@@ -316,6 +325,66 @@ def test_a_damaged_file_costs_what_it_would_have_shown(
     else:
         assert problem in (run.problem or "")
         assert any(problem in cell for row in Page(tmp_path / "report.html").rows for cell in row)
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("accept_rate_per_pos", "accept_rate_per_pos: expected 3 slots, got 0"),
+        ("conditional_accept_low_per_pos", "conditional_accept_low_per_pos: expected 3 slots, got 0"),
+        ("scheduling.thresholds_after.accepted", "threshold curve: expected as many"),
+        ("scheduling.reliability_after.survival.count", "reliability: expected as many"),
+        ("scheduling.outlook.concurrencies.0.fixed", "outlook: expected fixed lengths"),
+    ],
+)
+def test_an_evaluation_whose_parts_do_not_fit_is_listed_with_the_reason(
+    tmp_path: Path, path: str, problem: str
+) -> None:
+    folder, other = make_run(tmp_path / "run", evaluate()), make_run(tmp_path / "other", evaluate())
+    fields = json.loads((folder / "evaluation.json").read_text())
+    *parents, last = path.split(".")
+    part: Any = fields
+    for name in parents:
+        part = part[int(name) if isinstance(part, list) else name]
+    part[last] = []
+    (folder / "evaluation.json").write_text(json.dumps(fields))
+    assert report(folder, other).exit_code == 0
+    problems = {run.name: run.problem for run in read_runs([folder, other])}
+    assert problems["other"] is None
+    assert problem in (problems["run"] or "")
+
+
+def test_a_run_that_cannot_be_read_is_listed_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, other = make_run(tmp_path / "run", evaluate()), make_run(tmp_path / "other", evaluate())
+
+    def fail(run_dir: Path) -> list[dict[str, Any]]:
+        if run_dir.name == "run":
+            raise PermissionError(13, "Permission denied", str(run_dir / "metrics.jsonl"))
+        return read_metrics(run_dir)
+
+    monkeypatch.setattr("pipeline.report.runs.read_metrics", fail)
+    assert report(folder, other).exit_code == 0
+    rows = Page(tmp_path / "report.html").rows
+    assert any("cannot be read" in cell and "Permission denied" in cell for row in rows for cell in row)
+    assert [run.name for run in read_runs([folder, other]) if run.evaluation is not None] == ["other"]
+
+
+def test_a_folder_whose_name_is_no_utf_8(tmp_path: Path) -> None:
+    base = tmp_path / os.fsdecode(b"caf\xe9")
+    make_run(base / os.fsdecode(b"r\xe9sum\xe9"), evaluate())
+    (make_run(base / os.fsdecode(b"d\xe9j\xe0"), evaluate()) / "evaluation.json").write_text("damaged")
+    assert report(base).exit_code == 0
+    page = Page(base / "report.html")
+    assert page.headline.startswith("r?sum? has tau ")
+    assert any("is not JSON" in cell for row in page.rows for cell in row)
+
+
+def test_a_run_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", evaluate())
+    (tmp_path / "link").symlink_to(folder)
+    runs = read_runs([folder, tmp_path / "a" / ".." / "a", tmp_path / "link"])
+    assert [run.name for run in runs] == ["a"]
+    assert "there is no other evaluated run" in headline(compare_runs(runs))
 
 
 def test_a_pruned_and_a_failed_trial_say_so(tmp_path: Path) -> None:

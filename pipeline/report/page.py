@@ -15,7 +15,7 @@ from markupsafe import Markup
 from pipeline.report.compare import Comparison, describe_groups, headline
 from pipeline.report.figures import Plot, draw_plots
 from pipeline.report.runs import Run, differing_keys
-from pipeline.report.words import describe_seconds, format_bytes, format_difference, format_value
+from pipeline.report.words import describe_seconds, format_bytes, format_difference, format_value, readable
 
 PAGE = "report.html"
 PLOTS = "report"
@@ -32,7 +32,7 @@ def write_page(comparison: Comparison, out: Path) -> Path:
             file.unlink(missing_ok=True)  # of an earlier report
         else:
             _replace(file, plot.png)
-    _replace(out / PAGE, render_page(comparison, plots).encode("utf-8"))
+    _replace(out / PAGE, readable(render_page(comparison, plots)).encode("utf-8"))
     return out / PAGE
 
 
@@ -86,7 +86,7 @@ def _row(run: Run, comparison: Comparison, keys: list[str]) -> dict[str, Any]:
 
 
 def _cost(run: Run) -> dict[str, str]:
-    origin = run.trial.get("origin") or {}
+    origin = run.trial.get("origin")
     return {
         "name": run.name,
         "seconds": describe_seconds(run.seconds) if run.train_rows else "",
@@ -95,7 +95,7 @@ def _cost(run: Run) -> dict[str, str]:
         "draft": "" if run.draft_bytes is None else format_bytes(run.draft_bytes),
         "cache": format_bytes(run.cache_bytes),
         "cache_path": str(run.config.get("cache.path", "")),
-        "revision": str(origin.get("revision") or "")[:12],
+        "revision": str(origin.get("revision") or "")[:12] if isinstance(origin, dict) else "",
         "state": str(run.trial.get("state", "")),
     }
 

@@ -54,3 +54,8 @@ def describe_seconds(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def readable(text: str) -> str:
+    """The text as any terminal or file takes it: "?" for what is no character, as in names that are not UTF-8."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
