@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from pipeline.stage_one import settings_of
 from pipeline.stage_two import evaluate_draft, open_cache, train_draft
 from stages.errors import SettingError
-from stages.evaluate.bootstrap import BOOTSTRAP_ROUNDS, BOOTSTRAP_SEED, bootstrap_mean, bootstrap_ratio
+from stages.evaluate.bootstrap import (
+    BOOTSTRAP_ROUNDS,
+    BOOTSTRAP_SEED,
+    bootstrap_mean,
+    bootstrap_ratio,
+    estimate_difference,
+    estimate_ratio,
+)
 from stages.evaluate.cached import evaluate_scores
 from stages.evaluate.reliability import CALIBRATION_BINS, bin_slots, calibration_error, weighted_auc
 from stages.extract.run import extract
@@ -240,3 +247,24 @@ def test_a_real_draft_scored_twice_and_against_the_definition(tmp_path: Path) ->
 def test_a_missing_draft_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="no draft here"):
         evaluate_draft(make_config(tmp_path), draft_dir=tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_an_interval_contains_its_value_also_where_all_conversations_are_alike(num_samples: int) -> None:
+    """Sums in another order differ in the last bit, which would put the value outside of an interval without width."""
+    for seed in range(20):
+        scores = make_scores([3] * 11, np.random.default_rng(seed))
+        found = evaluate_scores([(index, scores) for index in range(num_samples)], block_size=3)
+        assert found.tau_low <= found.tau <= found.tau_high
+        for name in ("accept_rate", "conditional_accept"):
+            low, value, high = (getattr(found, f"{name}{end}_per_pos") for end in ("_low", "", "_high"))
+            assert all(a <= b <= c for a, b, c in zip(low, value, high, strict=True))
+
+
+def test_the_interval_of_an_estimate_contains_its_value() -> None:
+    numbers = np.array([1, 3, 7, 11, 13])
+    for rate in np.random.default_rng(0).random(50):
+        found = estimate_ratio(rate * numbers, numbers)
+        assert found.low <= found.value <= found.high
+        found = estimate_difference(rate * numbers, numbers, rate * numbers[::-1], numbers[::-1])
+        assert found.low <= found.value <= found.high

@@ -344,7 +344,10 @@ def test_a_throughput_table_is_read_and_interpolated(tmp_path: Path) -> None:
         ("tokens,steps_per_second\n1,2,3\n", "line 2: expected a whole number"),
         ("tokens,steps_per_second\n2,2\n2,1\n", "each greater than the one before"),
         ("tokens,steps_per_second\n0,2\n2,1\n", "from 1 up"),
-        ("tokens,steps_per_second\n1,2\n2,0\n", "expected positive numbers"),
+        ("tokens,steps_per_second\n1,2\n2,0\n", "steps_per_second: expected numbers from 1e-06 to 1e+09, got 0.0"),
+        ("tokens,steps_per_second\n1,1e-320\n2,1e-320\n", "expected numbers from 1e-06 to 1e+09, got 1e-320"),
+        ("tokens,steps_per_second\n1,2\n2,1e308\n", "expected numbers from 1e-06 to 1e+09, got 1e+308"),
+        (f"tokens,steps_per_second\n1,2\n1{'0' * 30},1\n", "tokens: expected at most 1000000000, got 1000"),
         ("tokens,steps_per_second\n1,nan\n2,1\n", "finite"),
     ],
 )
@@ -355,6 +358,11 @@ def test_a_wrong_throughput_table_is_refused(tmp_path: Path, text: str | None, m
     with pytest.raises(SettingError, match=re.escape(message)) as caught:
         read_throughput_table(file, least_tokens=2)
     assert str(file) in str(caught.value)
+
+
+def test_a_folder_is_no_throughput_table(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=re.escape(f"{tmp_path}: cannot be read: Is a directory")):
+        read_throughput_table(tmp_path, least_tokens=2)
 
 
 def evaluate(num_samples: int = 4, *, confidence: bool = True) -> Evaluation:

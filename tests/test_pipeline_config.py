@@ -65,6 +65,7 @@ def test_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> None:
         ("draft.markov_head_type=lstm", r"'vanilla', 'gated' or 'rnn'"),
         ("cache.layers=[3, 1]", r"expected ascending, distinct layer ids"),
         ("data.files=[]", r"data\.files: .*at least 1"),
+        ("decode.temperatures=[0.0, 1e-320]", r"decode\.temperatures.*expected 0 \(greedy\) or at least 0\.001"),
         ("train", r"expected section\.key=value"),
         ("train.x.y=1", r"unknown key train\.x\.y"),
     ],

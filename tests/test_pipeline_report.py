@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -20,11 +21,13 @@ from pipeline.cli import main
 from pipeline.report.compare import Comparison, compare_runs, headline, paired_difference
 from pipeline.report.figures import COLOURS, draw_plots, plan_styles
 from pipeline.report.runs import Run, common_folder, differing_keys, find_runs, read_runs
+from pipeline.report.words import Difference, readable
 from pipeline.sweep.record import write_trial
 from stages.errors import SettingError
 from stages.evaluate.calibration import Origin
 from stages.evaluate.evaluation import Evaluation, evaluate_fully, write_evaluation
 from stages.evaluate.throughput import assumed_table
+from stages.train.metrics import read_metrics
 from test_evaluate import make_scores
 
 K = 3
@@ -56,9 +59,10 @@ def make_run(
 ) -> Path:
     """A run's folder with everything that a report reads, where nothing was trained."""
     folder.mkdir(parents=True)
+    run_dir = readable(str(folder))
     values = {"lr": 0.001, "seed": 0} | (config or {})
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    (folder / "config.toml").write_text("\n".join(["[train]", f"run_dir = {json.dumps(str(folder))}", *lines]) + "\n")
+    (folder / "config.toml").write_text("\n".join(["[train]", f"run_dir = {json.dumps(run_dir)}", *lines]) + "\n")
     rows = [
         {"kind": "train", "step": step, "loss": 3 / step, "seconds": 0.5, "lr": 1e-3}
         for step in range(1, num_steps + 1)
@@ -124,12 +128,11 @@ def read(*folders: Path) -> Comparison:
 
 
 def test_a_paired_difference_equals_a_plain_bootstrap() -> None:
-    one, other = evaluate(gain=0.1), evaluate(gain=0.08, seed=3, num_samples=25)
+    one, other = evaluate(gain=0.1), evaluate(gain=0.08, seed=3)
     found = paired_difference(one, other)
     assert found is not None
-    taus = {sample.sample_id: sample for sample in other.samples}
-    pairs = [(s.num_blocks, s.tau - taus[s.sample_id].tau) for s in one.samples if s.sample_id in taus]
-    assert len(pairs) == 25
+    pairs = [(s.num_blocks, s.tau - o.tau) for s, o in zip(one.samples, other.samples, strict=True)]
+    assert len(pairs) == 30
     assert found.mean == pytest.approx(sum(n * d for n, d in pairs) / sum(n for n, _ in pairs))
     rng, means = np.random.default_rng(17), []
     for _ in range(2000):
@@ -171,6 +174,60 @@ def test_runs_measured_on_other_blocks_are_not_compared(tmp_path: Path) -> None:
     assert "the others were measured on other blocks" in headline(comparison)
 
 
+def test_a_run_measured_on_fewer_conversations_is_not_held_against_the_others(tmp_path: Path) -> None:
+    """One lucky conversation gives a weak draft the highest tau, and says nothing of the others."""
+    lucky = evaluate(gain=0.15, num_samples=1)
+    good, fair = evaluate(gain=0.1), evaluate(gain=0.0)
+    assert lucky.tau > good.tau
+    assert paired_difference(lucky, good) is None
+    folders = [make_run(tmp_path / name, found) for name, found in (("weak", lucky), ("good", good), ("fair", fair))]
+    comparison = read(*folders)
+    assert comparison.choice is None
+    assert "nothing to compare it with, since the others were measured on other blocks" in headline(comparison)
+    result = report(*folders)
+    page = Page(tmp_path / "report.html")
+    line = (
+        "Not comparable, since measured on different blocks: weak (1 conversation, 4 blocks, cache 000000000000, "
+        "evaluate.num_anchors 4, evaluate.seed 0); good, fair (30 conversations, 120 blocks, cache 000000000000, "
+        "evaluate.num_anchors 4, evaluate.seed 0)."
+    )
+    assert line in " ".join(result.output.split())
+    assert line in re.sub("<[^>]*>", "", (tmp_path / "report.html").read_text())
+    assert [row[3] for row in page.rows[1:4]] == ["best", "not comparable", "not comparable"]
+    assert "ship this" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_difference_is_clear_only_in_favour_of_the_best() -> None:
+    assert Difference(mean=0.02, low=0.01, high=0.03).is_clear
+    assert not Difference(mean=-0.02, low=-0.03, high=-0.01).is_clear
+    assert not Difference(mean=0.0, low=0.0, high=0.0).is_clear
+
+
+@pytest.mark.parametrize("num_samples", [1, 4, 5])
+def test_a_handful_of_conversations_is_needed_for_a_claim(tmp_path: Path, num_samples: int) -> None:
+    """The interval of one conversation has no width, which would make any difference one beyond chance."""
+    better = make_run(tmp_path / "better", evaluate(gain=0.1, num_samples=num_samples))
+    worse = make_run(tmp_path / "worse", evaluate(gain=0.0, num_samples=num_samples))
+    comparison = read(better, worse)
+    if num_samples == 5:
+        assert headline(comparison).startswith("Ship better")
+        return
+    few = {1: "1 conversation", 4: "4 conversations"}[num_samples]
+    assert comparison.choice is None
+    assert headline(comparison).startswith("better has tau ")
+    assert headline(comparison).endswith(f"{few} cannot tell runs apart (it takes 5 at least).")
+
+
+def test_time_does_not_decide_between_runs_that_are_alike(tmp_path: Path) -> None:
+    """Seconds are noise: of equal parameters, the higher tau, however long it took."""
+    best = make_run(tmp_path / "best", evaluate(gain=0.1, seed=1), num_steps=12)
+    quick = make_run(tmp_path / "quick", evaluate(gain=0.1, seed=2), num_steps=2)
+    comparison = read(best, quick)
+    assert [run.name for run in comparison.ties] == ["quick"]
+    assert comparison.choice is comparison.best is comparison.runs[0]
+    assert "None of those has fewer trained parameters (100)." in headline(comparison)
+
+
 def test_the_sentence_names_the_cheapest_of_those_that_are_alike(tmp_path: Path) -> None:
     noisy = make_run(tmp_path / "noisy", evaluate(gain=0.1, seed=1), num_parameters=1000)
     cheap = make_run(tmp_path / "cheap", evaluate(gain=0.1, seed=2), num_parameters=10)
@@ -180,7 +237,7 @@ def test_the_sentence_names_the_cheapest_of_those_that_are_alike(tmp_path: Path)
     assert comparison.choice is not None
     assert comparison.choice.name == "cheap"
     assert headline(comparison).startswith("Ship cheap: tau ")
-    assert "10 trained parameters" in headline(comparison)
+    assert "fewest trained parameters of those that cannot be told from the best (10)" in headline(comparison)
     assert "not beyond chance" in headline(comparison)
 
 
@@ -189,6 +246,12 @@ def test_the_sentence_about_fewer_than_two_runs(tmp_path: Path, count: int) -> N
     folder = make_run(tmp_path / "only", evaluate() if count else None)
     text = headline(read(folder))
     assert ("there is no other evaluated run" if count else "No run has been evaluated") in text
+
+
+def test_an_interval_that_leaves_tau_out_by_a_last_bit_is_drawn(tmp_path: Path) -> None:
+    found = evaluate(num_samples=1)
+    folder = make_run(tmp_path / "run", found.model_copy(update={"tau_low": np.nextafter(found.tau, 9.0)}))
+    assert report(folder).exit_code == 0
 
 
 # Reading
@@ -236,9 +299,15 @@ def test_only_what_differs_is_shown(tmp_path: Path) -> None:
         ("evaluation.json", "not JSON", "is not JSON"),
         ("metrics.jsonl", '{"kind": "train"}\n[1]\ngarbage\n', None),
         ("config.toml", "not = = TOML", None),
+        ("config.toml", 'title = "x"\n', None),
+        ("config.toml", "[[draft]]\nnum_layers = 1\n", None),
+        ("config.toml", f"a = {'[' * 5000}", None),
         ("draft/model.safetensors", "short", None),
         ("draft/model.safetensors", "\x01\x00\x00\x00\x00\x00\x00\x00[", None),
+        ("draft/model.safetensors", f"{chr(100)}{chr(0) * 7}" + '{"a": {"shape": [1e999]}}'.ljust(100), None),
         ("trial.json", "[]", None),
+        ("trial.json", '{"format_version": 1, "origin": "x"}', None),
+        ("trial.json", '{"format_version": 1, "state": "\\ud800"}', None),
         ("trial.json", '{"format_version": 9}', None),
     ],
 )
@@ -256,6 +325,66 @@ def test_a_damaged_file_costs_what_it_would_have_shown(
     else:
         assert problem in (run.problem or "")
         assert any(problem in cell for row in Page(tmp_path / "report.html").rows for cell in row)
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("accept_rate_per_pos", "accept_rate_per_pos: expected 3 slots, got 0"),
+        ("conditional_accept_low_per_pos", "conditional_accept_low_per_pos: expected 3 slots, got 0"),
+        ("scheduling.thresholds_after.accepted", "threshold curve: expected as many"),
+        ("scheduling.reliability_after.survival.count", "reliability: expected as many"),
+        ("scheduling.outlook.concurrencies.0.fixed", "outlook: expected fixed lengths"),
+    ],
+)
+def test_an_evaluation_whose_parts_do_not_fit_is_listed_with_the_reason(
+    tmp_path: Path, path: str, problem: str
+) -> None:
+    folder, other = make_run(tmp_path / "run", evaluate()), make_run(tmp_path / "other", evaluate())
+    fields = json.loads((folder / "evaluation.json").read_text())
+    *parents, last = path.split(".")
+    part: Any = fields
+    for name in parents:
+        part = part[int(name) if isinstance(part, list) else name]
+    part[last] = []
+    (folder / "evaluation.json").write_text(json.dumps(fields))
+    assert report(folder, other).exit_code == 0
+    problems = {run.name: run.problem for run in read_runs([folder, other])}
+    assert problems["other"] is None
+    assert problem in (problems["run"] or "")
+
+
+def test_a_run_that_cannot_be_read_is_listed_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, other = make_run(tmp_path / "run", evaluate()), make_run(tmp_path / "other", evaluate())
+
+    def fail(run_dir: Path) -> list[dict[str, Any]]:
+        if run_dir.name == "run":
+            raise PermissionError(13, "Permission denied", str(run_dir / "metrics.jsonl"))
+        return read_metrics(run_dir)
+
+    monkeypatch.setattr("pipeline.report.runs.read_metrics", fail)
+    assert report(folder, other).exit_code == 0
+    rows = Page(tmp_path / "report.html").rows
+    assert any("cannot be read" in cell and "Permission denied" in cell for row in rows for cell in row)
+    assert [run.name for run in read_runs([folder, other]) if run.evaluation is not None] == ["other"]
+
+
+def test_a_folder_whose_name_is_no_utf_8(tmp_path: Path) -> None:
+    base = tmp_path / os.fsdecode(b"caf\xe9")
+    make_run(base / os.fsdecode(b"r\xe9sum\xe9"), evaluate())
+    (make_run(base / os.fsdecode(b"d\xe9j\xe0"), evaluate()) / "evaluation.json").write_text("damaged")
+    assert report(base).exit_code == 0
+    page = Page(base / "report.html")
+    assert page.headline.startswith("r?sum? has tau ")
+    assert any("is not JSON" in cell for row in page.rows for cell in row)
+
+
+def test_a_run_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", evaluate())
+    (tmp_path / "link").symlink_to(folder)
+    runs = read_runs([folder, tmp_path / "a" / ".." / "a", tmp_path / "link"])
+    assert [run.name for run in runs] == ["a"]
+    assert "there is no other evaluated run" in headline(compare_runs(runs))
 
 
 def test_a_pruned_and_a_failed_trial_say_so(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pipeline.report.compare import compare_runs
 from pipeline.report.page import write_page
 from pipeline.report.runs import common_folder, read_runs
 from pipeline.report.table import print_table
+from pipeline.report.words import readable
 
 
 def report(paths: Sequence[Path], *, out: Path | None, console: Console) -> None:
@@ -17,4 +18,4 @@ def report(paths: Sequence[Path], *, out: Path | None, console: Console) -> None
     print_table(comparison, console=console)
     folder = out or (paths[0] if len(paths) == 1 else common_folder([run.folder for run in comparison.runs]))
     page = write_page(comparison, folder)
-    console.print(f"page: {page}", markup=False)
+    console.print(readable(f"page: {page}"), markup=False)

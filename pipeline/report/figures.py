@@ -75,7 +75,8 @@ def _taus(runs: Sequence[Run], styles: Styles) -> Plot:
     for place, run in enumerate(measured):
         found = run.evaluation
         if found is not None:
-            span = [[found.tau - found.tau_low], [found.tau_high - found.tau]]
+            # Files of earlier versions may leave tau out of its interval by a last bit.
+            span = [[max(0.0, found.tau - found.tau_low)], [max(0.0, found.tau_high - found.tau)]]
             axes.errorbar([found.tau], [place], xerr=span, fmt="o", capsize=3, color=styles[run.folder].colour)
     axes.set_yticks(range(len(measured)), [label_of(run) for run in measured])
     axes.set_ylim(max(len(measured), 1) - 0.5, -0.5)

@@ -12,10 +12,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline.report.compare import Comparison, headline
+from pipeline.report.compare import Comparison, describe_groups, headline
 from pipeline.report.figures import Plot, draw_plots
 from pipeline.report.runs import Run, differing_keys
-from pipeline.report.words import describe_seconds, format_bytes, format_difference, format_value
+from pipeline.report.words import describe_seconds, format_bytes, format_difference, format_value, readable
 
 PAGE = "report.html"
 PLOTS = "report"
@@ -32,7 +32,7 @@ def write_page(comparison: Comparison, out: Path) -> Path:
             file.unlink(missing_ok=True)  # of an earlier report
         else:
             _replace(file, plot.png)
-    _replace(out / PAGE, render_page(comparison, plots).encode("utf-8"))
+    _replace(out / PAGE, readable(render_page(comparison, plots)).encode("utf-8"))
     return out / PAGE
 
 
@@ -46,6 +46,7 @@ def render_page(comparison: Comparison, plots: list[Plot]) -> str:
     keys = differing_keys(comparison.runs)
     return environment.get_template(TEMPLATE).render(
         headline=headline(comparison),
+        groups=describe_groups(comparison),
         keys=keys,
         rows=[_row(run, comparison, keys) for run in comparison.runs],
         plots=[_describe_plot(plot) for plot in plots],
@@ -74,7 +75,7 @@ def _row(run: Run, comparison: Comparison, keys: list[str]) -> dict[str, Any]:
         row["measured"] = {
             "tau": f"{found.tau:.3f}",
             "interval": f"{found.tau_low:.3f} to {found.tau_high:.3f}",
-            "behind": format_difference(difference) or ("best" if row["is_best"] else "other blocks"),
+            "behind": format_difference(difference) or ("best" if row["is_best"] else "not comparable"),
             "is_tied": difference is not None and not difference.is_clear,
             "accept": f"{found.accept_rate_per_pos[0]:.3f} … {found.accept_rate_per_pos[-1]:.3f}",
             "top1": f"{found.top1_agreement:.3f}",
@@ -85,7 +86,7 @@ def _row(run: Run, comparison: Comparison, keys: list[str]) -> dict[str, Any]:
 
 
 def _cost(run: Run) -> dict[str, str]:
-    origin = run.trial.get("origin") or {}
+    origin = run.trial.get("origin")
     return {
         "name": run.name,
         "seconds": describe_seconds(run.seconds) if run.train_rows else "",
@@ -94,7 +95,7 @@ def _cost(run: Run) -> dict[str, str]:
         "draft": "" if run.draft_bytes is None else format_bytes(run.draft_bytes),
         "cache": format_bytes(run.cache_bytes),
         "cache_path": str(run.config.get("cache.path", "")),
-        "revision": str(origin.get("revision") or "")[:12],
+        "revision": str(origin.get("revision") or "")[:12] if isinstance(origin, dict) else "",
         "state": str(run.trial.get("state", "")),
     }
 

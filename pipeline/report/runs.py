@@ -7,11 +7,12 @@ import os
 import struct
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pipeline.report.words import readable
 from pipeline.sweep.record import read_trial
 from stages.errors import SettingError
 from stages.evaluate.evaluation import Evaluation, read_evaluation
@@ -35,19 +36,19 @@ class Run:
     folder: Path
     name: str
     """The folder, from the one that all runs of the report have in common."""
-    config: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
     """`section.key` -> value, of the resolved config."""
-    evaluation: Evaluation | None
-    problem: str | None
+    evaluation: Evaluation | None = None
+    problem: str | None = None
     """Why there is no evaluation."""
-    train_rows: tuple[dict[str, Any], ...]
-    validation_rows: tuple[dict[str, Any], ...]
-    trial: dict[str, Any]
+    train_rows: tuple[dict[str, Any], ...] = ()
+    validation_rows: tuple[dict[str, Any], ...] = ()
+    trial: dict[str, Any] = field(default_factory=dict)
     """Its record, if a sweep made it."""
-    num_parameters: int | None
+    num_parameters: int | None = None
     """Trained parameters of the draft, without the target's embedding and head; None while there is no draft."""
-    draft_bytes: int | None
-    cache_bytes: int | None
+    draft_bytes: int | None = None
+    cache_bytes: int | None = None
     """None where the cache is not at hand."""
 
     @property
@@ -68,9 +69,12 @@ class Run:
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs in the given folders, each of which is a run or has runs in it (a sweep); the best tau first.
 
-    Raises SettingError for a folder that is neither.
+    A run that is named twice, or by a link, counts once. Raises SettingError for a folder that is neither.
     """
-    folders = list(dict.fromkeys(folder for path in paths for folder in find_runs(path)))
+    found: dict[Path, Path] = {}
+    for folder in (folder for path in paths for folder in find_runs(path)):
+        found.setdefault(folder.resolve(), folder)
+    folders = list(found.values())
     base = common_folder(folders)
     return sorted((_read_run(folder, base=base) for folder in folders), key=lambda run: -run.tau)
 
@@ -106,6 +110,15 @@ def _is_run(folder: Path) -> bool:
 
 
 def _read_run(folder: Path, *, base: Path) -> Run:
+    """The run, or a run without anything but the reason why it cannot be read."""
+    name = readable(str(folder.absolute().relative_to(base)))
+    try:
+        return _read_files(folder, name=name)
+    except OSError as error:
+        return Run(folder=folder, name=name, problem=f"cannot be read: {readable(str(error))}")
+
+
+def _read_files(folder: Path, *, name: str) -> Run:
     evaluation, problem = None, None
     try:
         evaluation = read_evaluation(folder / "evaluation.json")
@@ -119,10 +132,10 @@ def _read_run(folder: Path, *, base: Path) -> Run:
     draft = folder / "draft" / "model.safetensors"
     return Run(
         folder=folder,
-        name=str(folder.absolute().relative_to(base)),
+        name=name,
         config=config,
         evaluation=evaluation,
-        problem=problem,
+        problem=None if problem is None else readable(problem),
         train_rows=tuple(row for row in metrics if row.get("kind") == "train"),
         validation_rows=tuple(row for row in metrics if row.get("kind") == "validation"),
         trial=trial,
@@ -136,9 +149,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """The run's resolved config, flat; empty where it cannot be read."""
     try:
         tables = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s: %s; what differs from the other runs is not known", folder / "config.toml", error)
         return {}
+    foreign = [section for section, table in tables.items() if not isinstance(table, dict)]
+    if foreign:
+        logger.warning("%s: %s: expected sections alone; left out", folder / "config.toml", ", ".join(foreign))
+        tables = {section: table for section, table in tables.items() if section not in foreign}
     return {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
 
 
@@ -150,7 +167,7 @@ def _count_trained(file: Path) -> int | None:
             header = json.loads(stream.read(min(length, MAX_HEADER_BYTES)))
         shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
         return sum(int(math.prod(shape)) for name, shape in shapes.items() if name not in TARGET_TENSORS)
-    except (OSError, ValueError, struct.error, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, OverflowError, RecursionError, struct.error, TypeError, KeyError, AttributeError):
         return None
 
 

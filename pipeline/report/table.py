@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report.compare import Comparison, headline
+from pipeline.report.compare import Comparison, describe_groups, headline
 from pipeline.report.runs import differing_keys
 from pipeline.report.words import format_difference, format_value
 
@@ -30,3 +30,6 @@ def print_table(comparison: Comparison, *, console: Console) -> None:
         )
     console.print(table)
     console.print(headline(comparison), markup=False, style="bold")
+    groups = describe_groups(comparison)
+    if groups is not None:
+        console.print(groups, markup=False)

@@ -1,5 +1,6 @@
 """Numbers of a report in words, the same on the page and in the terminal."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the best is ahead beyond chance: the whole interval is in its favour."""
+        return self.low > 0
 
 
 def format_difference(difference: Difference | None) -> str:
@@ -23,6 +24,11 @@ def format_difference(difference: Difference | None) -> str:
     if difference is None:
         return ""
     return f"{-difference.mean:+.3f} ({-difference.high:+.3f} to {-difference.low:+.3f})"
+
+
+def join_names(names: Sequence[str]) -> str:
+    """The first three, and how many there are besides."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def format_value(value: Any) -> str:
@@ -48,3 +54,8 @@ def describe_seconds(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def readable(text: str) -> str:
+    """The text as any terminal or file takes it: "?" for what is no character, as in names that are not UTF-8."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")

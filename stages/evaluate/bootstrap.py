@@ -31,17 +31,23 @@ def bootstrap_ratio(numerators: np.ndarray, denominators: np.ndarray, *, groups:
 
 def estimate_ratio(num_G: np.ndarray, den_G: np.ndarray) -> Estimate:
     """Σ num / Σ den over groups; some group has a den."""
-    low, high = _interval(_draw_ratios(num_G, den_G))
-    return Estimate(value=float(num_G.sum() / den_G.sum()), low=low, high=high)
+    return _estimate(float(num_G.sum() / den_G.sum()), _draw_ratios(num_G, den_G))
 
 
 def estimate_difference(
     num_G: np.ndarray, den_G: np.ndarray, other_num_G: np.ndarray, other_den_G: np.ndarray
 ) -> Estimate:
     """The first ratio minus the other, over the same groups: what varies between groups alike in both cancels out."""
-    low, high = _interval(_draw_ratios(num_G, den_G) - _draw_ratios(other_num_G, other_den_G))
     value = num_G.sum() / den_G.sum() - other_num_G.sum() / other_den_G.sum()
-    return Estimate(value=float(value), low=low, high=high)
+    return _estimate(float(value), _draw_ratios(num_G, den_G) - _draw_ratios(other_num_G, other_den_G))
+
+
+def widen(interval: tuple[float, float], value: float) -> tuple[float, float]:
+    """The interval with the value in it.
+
+    Where all groups are alike, draws and value are the same number, and rounding may set them apart by a last bit.
+    """
+    return min(interval[0], value), max(interval[1], value)
 
 
 def _draw_ratios(num_G: np.ndarray, den_G: np.ndarray) -> np.ndarray:
@@ -54,6 +60,11 @@ def _draw_ratios(num_G: np.ndarray, den_G: np.ndarray) -> np.ndarray:
         if den > 0:
             ratios[number] = num_G[drawn].sum() / den
     return ratios
+
+
+def _estimate(value: float, draws: np.ndarray) -> Estimate:
+    low, high = widen(_interval(draws), value)
+    return Estimate(value=value, low=low, high=high)
 
 
 def _interval(draws: np.ndarray) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from stages.evaluate.blocks import Blocks, SlotScores, gather_blocks
-from stages.evaluate.bootstrap import bootstrap_mean, bootstrap_ratio
+from stages.evaluate.bootstrap import bootstrap_mean, bootstrap_ratio, widen
 from stages.evaluate.reliability import calibration_error, weighted_auc
 from storage.sealed import Record
 
@@ -63,7 +63,8 @@ def evaluate_scores(batches: Iterable[tuple[int, SlotScores]], *, block_size: in
 def measure_blocks(blocks: Blocks) -> CacheEvaluation:
     """Metrics of at least one block."""
     tau_M = block_taus(blocks)
-    tau_low, tau_high = bootstrap_mean(tau_M, groups=blocks.sample)
+    tau = float(tau_M.mean())
+    tau_low, tau_high = widen(bootstrap_mean(tau_M, groups=blocks.sample), tau)
     supervised_MK, survival_MK = blocks.supervised, blocks.survival
     before_MK = np.concatenate([np.ones((len(blocks), 1)), survival_MK[:, :-1]], axis=1) * supervised_MK
     rate, rate_low, rate_high = _ratio_per_pos(blocks.accept, supervised_MK, blocks)
@@ -76,7 +77,7 @@ def measure_blocks(blocks: Blocks) -> CacheEvaluation:
         num_samples=blocks.num_samples,
         num_blocks=len(blocks),
         num_slots=int(blocks.length.sum()),
-        tau=float(tau_M.mean()),
+        tau=tau,
         tau_low=tau_low,
         tau_high=tau_high,
         accept_rate_per_pos=rate,
@@ -102,12 +103,13 @@ def block_taus(blocks: Blocks) -> np.ndarray:
 
 def _ratio_per_pos(top_MK: np.ndarray, bottom_MK: np.ndarray, blocks: Blocks) -> tuple[PerPos, PerPos, PerPos]:
     """Σ top / Σ bottom at each slot, and the ends of its interval."""
+    ratios = _divide(top_MK, bottom_MK)
     intervals = [
-        bootstrap_ratio(top_M, bottom_M, groups=blocks.sample)
-        for top_M, bottom_M in zip(top_MK.T, bottom_MK.T, strict=True)
+        widen(bootstrap_ratio(top_M, bottom_M, groups=blocks.sample), ratio)
+        for top_M, bottom_M, ratio in zip(top_MK.T, bottom_MK.T, ratios, strict=True)
     ]
     low, high = zip(*intervals, strict=True)
-    return _divide(top_MK, bottom_MK), low, high
+    return ratios, low, high
 
 
 def _divide(top_MK: np.ndarray, bottom_MK: np.ndarray) -> PerPos:

@@ -36,7 +36,7 @@ Temperature = Annotated[float, Field(gt=0)]
 
 
 class Origin(Record):
-    """Which blocks were scored: equal origins, equal blocks."""
+    """Which blocks of a sample were scored: equal origins, equal blocks. It does not say which samples were."""
 
     cache_digest: str
     """sha256 of the cache's identity."""

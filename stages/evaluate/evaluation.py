@@ -6,16 +6,17 @@ Written by `dspark evaluate`, read by reports and comparisons.
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 import numpy as np
+from pydantic import model_validator
 
 from stages.evaluate.blocks import Blocks, SlotScores, gather_blocks
 from stages.evaluate.cached import CacheEvaluation, block_taus, measure_blocks
 from stages.evaluate.calibration import Calibration, Origin, calibrate, scale_confidence, split_halves
 from stages.evaluate.outlook import Outlook, simulate
 from stages.evaluate.records import read_record, write_record
-from stages.evaluate.reliability import Reliability, measure_reliability
+from stages.evaluate.reliability import Bins, Reliability, measure_reliability
 from stages.evaluate.thresholds import ThresholdCurve, trace_thresholds
 from stages.evaluate.throughput import ThroughputTable
 from storage.sealed import Record
@@ -44,6 +45,18 @@ class Scheduling(Record):
     thresholds_after: ThresholdCurve
     outlook: Outlook
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for curve in (self.thresholds_before, self.thresholds_after):
+            if not len(curve.threshold) == len(curve.verified) == len(curve.accepted):
+                raise ValueError("threshold curve: expected as many of verified and accepted as of threshold")
+        for bins in (kind for both in (self.reliability_before, self.reliability_after) for kind in _bins_of(both)):
+            if not len(bins.count) == len(bins.mean_predicted) == len(bins.mean_observed):
+                raise ValueError("reliability: expected as many of mean_predicted and mean_observed as of count")
+        if not all(row.fixed for row in self.outlook.concurrencies):
+            raise ValueError("outlook: expected fixed lengths at every concurrency")
+        return self
+
 
 class Evaluation(CacheEvaluation):
     """`evaluation.json`."""
@@ -51,13 +64,22 @@ class Evaluation(CacheEvaluation):
     format_version: Literal[1] = FORMAT_VERSION
     block_size: int
     origin: Origin
-    """Drafts with equal origins can be compared sample by sample, on the samples that both have."""
+    """Drafts with equal origins have the same blocks in a sample; comparable are those that have equal samples, too."""
     samples: tuple[SampleTau, ...]
     """In the order of sample ids; samples without a block are left out."""
     reliability: Reliability | None
     """Of the confidence as it is, on all samples; None without a confidence head."""
     scheduling: Scheduling | None
     """None without a confidence head, or with fewer than two samples."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.block_size < 1:
+            raise ValueError(f"block_size: expected at least 1, got {self.block_size}")
+        for name in (name for name in type(self).model_fields if name.endswith("_per_pos")):
+            if len(getattr(self, name)) != self.block_size:
+                raise ValueError(f"{name}: expected {self.block_size} slots, got {len(getattr(self, name))}")
+        return self
 
 
 def evaluate_fully(
@@ -84,6 +106,11 @@ def write_evaluation(file: Path, evaluation: Evaluation) -> None:
 def read_evaluation(file: Path) -> Evaluation:
     """The evaluation in the file. Raises EvaluationError for one that is not there, damaged, or of an earlier form."""
     return read_record(file, Evaluation, version=FORMAT_VERSION)
+
+
+def _bins_of(reliability: Reliability) -> tuple[Bins, ...]:
+    per_pos = (*reliability.confidence_per_pos, *reliability.survival_per_pos)
+    return (reliability.confidence, reliability.survival, *per_pos)
 
 
 def _sample_taus(blocks: Blocks) -> tuple[SampleTau, ...]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from stages.section import Section
 
@@ -22,13 +22,25 @@ class EvaluateSection(Section):
     outlook is for; none: an assumed table."""
 
 
+# Assumption: below it sampling is greedy but for near-equal logits; logits divided by ever less end in infinity.
+MIN_TEMPERATURE = 1e-3
+
+
+def _parse_temperature(temperature: float) -> float:
+    if temperature != 0 and temperature < MIN_TEMPERATURE:
+        raise ValueError(f"expected 0 (greedy) or at least {MIN_TEMPERATURE:g}, got {temperature:g}")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_parse_temperature)]
+
+
 class DecodeSection(Section):
     """Speculative decoding with the real target, on the prompts of the validation split (`evaluate --decode`)."""
 
-    temperatures: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
-        default=(0.0, 1.0), min_length=1
-    )
-    """What draft and target are sampled at; 0 is greedy, which is held token for token against the target alone."""
+    temperatures: tuple[Temperature, ...] = Field(default=(0.0, 1.0), min_length=1)
+    """What draft and target are sampled at: 0.001 at least, or 0, greedy, which is held token for token against the
+    target alone."""
     num_prompts: int = Field(default=32, ge=1)
     """Prompts at most, those of the first samples that `[evaluate]` scores."""
     max_new_tokens: int = Field(default=256, ge=1)

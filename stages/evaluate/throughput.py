@@ -12,6 +12,9 @@ from stages.errors import SettingError
 from storage.sealed import Record, describe
 
 COLUMNS = ["tokens", "steps_per_second"]
+# Wider than any server, and narrow enough that seconds, sums and products of them stay finite.
+MAX_TOKENS = 1_000_000_000
+MIN_RATE, MAX_RATE = 1e-6, 1e9
 
 # The assumed table, no measurement: reading the weights takes 10 ms whatever the batch, and arithmetic takes as long
 # once the batch has 300 tokens, as in bfloat16 on a GPU of 990 TFLOP/s and 3.35 TB/s; the two overlap, but not
@@ -41,8 +44,11 @@ class ThroughputTable(Record):
             raise ValueError("expected at least two rows of tokens and steps_per_second")
         if self.tokens[0] < 1 or any(low >= high for low, high in pairwise(self.tokens)):
             raise ValueError("tokens: expected whole numbers from 1 up, each greater than the one before")
-        if not all(rate > 0 for rate in self.steps_per_second):
-            raise ValueError("steps_per_second: expected positive numbers")
+        if self.tokens[-1] > MAX_TOKENS:
+            raise ValueError(f"tokens: expected at most {MAX_TOKENS}, got {self.tokens[-1]}")
+        for rate in self.steps_per_second:
+            if not MIN_RATE <= rate <= MAX_RATE:
+                raise ValueError(f"steps_per_second: expected numbers from {MIN_RATE:g} to {MAX_RATE:g}, got {rate}")
         return self
 
     @property
@@ -86,6 +92,8 @@ def _read_csv(file: Path) -> ThroughputTable:
             lines = [(reader.line_num, row) for reader in [csv.reader(stream)] for row in reader if row]
     except FileNotFoundError as error:
         raise SettingError(f"{where}: no such file") from error
+    except OSError as error:
+        raise SettingError(f"{where}: cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise SettingError(f"{where}: is not CSV: {error}") from error
     if not lines or [name.strip() for name in lines[0][1]] != COLUMNS:
