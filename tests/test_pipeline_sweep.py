@@ -1,6 +1,7 @@
 """Sweeps for real: trained, evaluated, killed, continued, pruned, shared by processes, refused."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -21,9 +22,11 @@ from optuna.trial import TrialState
 from rich.console import Console
 from safetensors.torch import load_file
 
+from pipeline import stage_two
 from pipeline.cli import main
 from pipeline.config import load_config, to_toml
 from pipeline.sweep import command as sweep_command
+from pipeline.sweep import desk as desk_module
 from pipeline.sweep.record import read_trial
 from stages.errors import SettingError
 from stages.train.checkpoint import find_checkpoint
@@ -267,6 +270,90 @@ def test_values_that_do_not_work_fail_their_trial_alone(cached: Path, tmp_path: 
     assert "Lower train.lr" in record["reason"]
     assert "draft.target_layer_ids: [0] are not in the cache" in result.output
     assert "of 4:" not in run(file).output  # nothing is tried again
+
+
+@pytest.mark.parametrize(("broken_step", "reason"), [(3, "cross-entropy is NaN"), (4, "tensors are not finite")])
+def test_weights_that_break_fail_their_trial_alone(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken_step: int, reason: str
+) -> None:
+    """They are found by the validation behind a step, or by the checkpoint behind the last."""
+    original, seen = torch.optim.AdamW.step, []
+
+    def step(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        seen.append(self)
+        if seen.count(self) == broken_step and self is seen[0]:
+            self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    options = {"train__validate_every": 1, "train__checkpoint_every": 100}
+    file = write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0, 1]', **options)
+    result = run(file)
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 trials have ended: 1 complete, 1 failed" in result.output
+    record = read_trial(tmp_path / "run" / "seed=0")
+    assert record is not None
+    assert reason in record["reason"]
+    assert "trial 1 of 2" not in run(file).output
+
+
+def test_a_draft_that_cannot_be_evaluated_fails_its_trial_alone(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(*_: Any, **__: Any) -> None:
+        raise stage_two.NonFiniteScoreError("sample 0: NaN")
+
+    monkeypatch.setattr(desk_module, "evaluate_draft", evaluate)
+    result = run(write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0]', train__max_steps=1))
+    assert result.exit_code == 0, result.output
+    assert "trial 1 failed: sample 0: NaN" in result.output
+    assert states(tmp_path / "run") == [TrialState.FAIL]
+
+
+def test_a_block_longer_than_the_throughput_table_fails_its_trial_before_the_training(
+    cached: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("tokens,steps_per_second\n1,100\n10,90\n")
+    sweep = '[sweep.grid]\n"draft.block_size" = [16, 4]'
+    file = write_sweep(cached, tmp_path, sweep, evaluate__throughput_table=table)
+    result = run(file)
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 trials have ended: 1 complete, 1 failed" in result.output
+    failed = tmp_path / "run" / "block_size=16"
+    record = read_trial(failed)
+    assert record is not None
+    assert "ends at 10 tokens; a step of one request has up to 17" in record["reason"]
+    assert not (failed / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("command", ["sweep", "train"])
+def test_a_throughput_table_that_is_missing_is_noticed_before_a_training(
+    cached: Path, tmp_path: Path, command: str
+) -> None:
+    sweep = '[sweep.grid]\n"train.seed" = [0]'
+    file = write_sweep(cached, tmp_path, sweep, evaluate__throughput_table=tmp_path / "none.csv")
+    refused = run(file, command=command)
+    assert refused.exit_code == 1
+    assert "none.csv: no such file" in refused.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_throughput_table_that_vanishes_costs_no_trial(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("tokens,steps_per_second\n1,100\n10,90\n")
+    file = write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0]', evaluate__throughput_table=table)
+    original = desk_module.Desk.claim
+
+    def claim(self: desk_module.Desk, *arguments: Any, **named: Any) -> Any:
+        table.unlink()
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(desk_module.Desk, "claim", claim)
+    assert run(file).exit_code == 1
+    assert states(tmp_path / "run") == [TrialState.WAITING]
 
 
 def test_an_error_of_the_code_ends_the_sweep_and_costs_no_trial(
