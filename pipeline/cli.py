@@ -247,6 +247,8 @@ def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_
     if extract_missing and not stage_two.is_imported(settings):
         _extract(settings, share=Share.of_torchrun())
     with _joined(settings) as ranks:
+        if then_evaluate:
+            ranks.on_first(lambda: stage_two.check_evaluation(settings))
         is_trained = _train(settings, ranks=ranks, profiled=profiled)
     if is_trained and then_evaluate and ranks.is_first:
         _evaluate(settings)

@@ -169,6 +169,11 @@ def _can_measure(config: Config, reader: CacheReader) -> bool:
     return False
 
 
+def check_evaluation(config: Config) -> None:
+    """See to it, before a training, that its draft can be evaluated behind it. Raises SettingError."""
+    read_throughput_table(config.evaluate.throughput_table, least_tokens=1 + config.draft.block_size)
+
+
 def evaluate_draft(config: Config, *, draft_dir: Path) -> Evaluation:
     """Score the draft in `draft_dir`, as servers would load it, on the validation split."""
     model, reader = open_draft(config, draft_dir=draft_dir)

@@ -1,8 +1,10 @@
 """Sweeps for real: trained, evaluated, killed, continued, pruned, shared by processes, refused."""
 
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -21,9 +23,11 @@ from optuna.trial import TrialState
 from rich.console import Console
 from safetensors.torch import load_file
 
+from pipeline import stage_two
 from pipeline.cli import main
 from pipeline.config import load_config, to_toml
 from pipeline.sweep import command as sweep_command
+from pipeline.sweep import desk as desk_module
 from pipeline.sweep.record import read_trial
 from stages.errors import SettingError
 from stages.train.checkpoint import find_checkpoint
@@ -114,6 +118,7 @@ def test_a_sweep_trains_evaluates_and_compares_once(cached: Path, tmp_path: Path
     assert "2 of 2 trials have ended: 2 complete" in second.output
     assert "trial 1 of 2" not in second.output
     assert [read_metrics(folder) for folder in folders] == before
+    assert "no longer there" not in second.output
     out = tmp_path / "exported"
     exported = CliRunner().invoke(main, ["export", str(folders[1] / "checkpoints" / "step_00000004"), str(out)])
     assert exported.exit_code == 0
@@ -269,6 +274,90 @@ def test_values_that_do_not_work_fail_their_trial_alone(cached: Path, tmp_path: 
     assert "of 4:" not in run(file).output  # nothing is tried again
 
 
+@pytest.mark.parametrize(("broken_step", "reason"), [(3, "cross-entropy is NaN"), (4, "tensors are not finite")])
+def test_weights_that_break_fail_their_trial_alone(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken_step: int, reason: str
+) -> None:
+    """They are found by the validation behind a step, or by the checkpoint behind the last."""
+    original, seen = torch.optim.AdamW.step, []
+
+    def step(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        seen.append(self)
+        if seen.count(self) == broken_step and self is seen[0]:
+            self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    options = {"train__validate_every": 1, "train__checkpoint_every": 100}
+    file = write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0, 1]', **options)
+    result = run(file)
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 trials have ended: 1 complete, 1 failed" in result.output
+    record = read_trial(tmp_path / "run" / "seed=0")
+    assert record is not None
+    assert reason in record["reason"]
+    assert "trial 1 of 2" not in run(file).output
+
+
+def test_a_draft_that_cannot_be_evaluated_fails_its_trial_alone(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(*_: Any, **__: Any) -> None:
+        raise stage_two.NonFiniteScoreError("sample 0: NaN")
+
+    monkeypatch.setattr(desk_module, "evaluate_draft", evaluate)
+    result = run(write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0]', train__max_steps=1))
+    assert result.exit_code == 0, result.output
+    assert "trial 1 failed: sample 0: NaN" in result.output
+    assert states(tmp_path / "run") == [TrialState.FAIL]
+
+
+def test_a_block_longer_than_the_throughput_table_fails_its_trial_before_the_training(
+    cached: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("tokens,steps_per_second\n1,100\n10,90\n")
+    sweep = '[sweep.grid]\n"draft.block_size" = [16, 4]'
+    file = write_sweep(cached, tmp_path, sweep, evaluate__throughput_table=table)
+    result = run(file)
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 trials have ended: 1 complete, 1 failed" in result.output
+    failed = tmp_path / "run" / "block_size=16"
+    record = read_trial(failed)
+    assert record is not None
+    assert "ends at 10 tokens; a step of one request has up to 17" in record["reason"]
+    assert not (failed / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("command", ["sweep", "train"])
+def test_a_throughput_table_that_is_missing_is_noticed_before_a_training(
+    cached: Path, tmp_path: Path, command: str
+) -> None:
+    sweep = '[sweep.grid]\n"train.seed" = [0]'
+    file = write_sweep(cached, tmp_path, sweep, evaluate__throughput_table=tmp_path / "none.csv")
+    refused = run(file, command=command)
+    assert refused.exit_code == 1
+    assert "none.csv: no such file" in refused.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_throughput_table_that_vanishes_costs_no_trial(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("tokens,steps_per_second\n1,100\n10,90\n")
+    file = write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0]', evaluate__throughput_table=table)
+    original = desk_module.Desk.claim
+
+    def claim(self: desk_module.Desk, *arguments: Any, **named: Any) -> Any:
+        table.unlink()
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(desk_module.Desk, "claim", claim)
+    assert run(file).exit_code == 1
+    assert states(tmp_path / "run") == [TrialState.WAITING]
+
+
 def test_an_error_of_the_code_ends_the_sweep_and_costs_no_trial(
     cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +370,16 @@ def test_an_error_of_the_code_ends_the_sweep_and_costs_no_trial(
     assert "2 of 2 trials have ended: 2 complete" in run(file).output
 
 
+def test_a_trial_whose_folder_is_gone_is_named(cached: Path, tmp_path: Path) -> None:
+    file = write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0, 1]', train__max_steps=1)
+    run(file)
+    shutil.rmtree(tmp_path / "run" / "seed=0")
+    again = run(file)
+    assert again.exit_code == 0
+    assert "2 of 2 trials have ended: 2 complete" in again.output
+    assert "complete, but no longer there to be compared: seed=0" in again.output.splitlines()
+
+
 def test_a_sweep_keeps_to_its_cache(cached: Path, tmp_path: Path) -> None:
     run(write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0]'))
     other = make_config(tmp_path / "other" if (tmp_path / "other").mkdir() is None else tmp_path, num_chats=12)
@@ -290,7 +389,7 @@ def test_a_sweep_keeps_to_its_cache(cached: Path, tmp_path: Path) -> None:
     file = write_sweep(tmp_path / "other", tmp_path, '[sweep.grid]\n"train.seed" = [0]')
     refused = run(file)
     assert refused.exit_code == 1
-    assert "holds a sweep (run) that was begun with something else" in refused.output
+    assert "holds a sweep that was begun with something else" in refused.output
     assert "cache.identity: the sweep has" in refused.output
 
 

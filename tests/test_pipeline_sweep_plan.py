@@ -123,6 +123,9 @@ def test_values_survive_the_way_through_optuna(values: list[object]) -> None:
         (RANGES.replace("high", "hgih"), "did you mean high"),
         (RANGES.replace("1e-1", "1e-5"), "low must be below high"),
         (RANGES.replace("log = true", "log = true, step = 0.1"), "no step"),
+        (RANGES.replace("high = 1e-1", "high = inf"), "must be finite"),
+        (RANGES.replace("low = 1e-4", "low = nan"), "must be finite"),
+        (RANGES.replace("step = 0.25", "step = inf"), "must be finite"),
         (RANGES.replace("step = 2", "step = 0.5"), "whole numbers"),
         (RANGES.replace("low = 1e-4", "low = -1.0").replace(", log = true", ""), "train.lr: .* greater than 0"),
         (RANGES.replace("[1, 3], [-1", '[1, 3], ["x"'), "target_layer_ids"),
@@ -150,12 +153,48 @@ def test_a_resolved_config_with_a_sweep_is_read_back(base: Config, tmp_path: Pat
 
 def test_names_are_short_and_distinct() -> None:
     points = [{"draft.target_layer_ids": list(range(last)), "train.lr": 1 / last} for last in range(60, 80)]
-    names = [name_trial(point, number=None) for point in points]
+    grid = SweepSection(grid={key: [point[key] for point in points] for key in points[0]})
+    names = [name_trial(grid, point, number=number) for number, point in enumerate(points)]
     assert len(set(names)) == len(names)
     assert max(map(len, names)) < 140
-    assert name_trial({"train.lr": 0.00034567891, "draft.target_layer_ids": [-1, 3]}, number=7) == (
+    drawn = SweepSection(
+        sampler="random",
+        num_trials=9,
+        parameters={"train.lr": {"low": 0.0001, "high": 0.1}, "draft.target_layer_ids": [[-1, 3], [1]]},  # type: ignore[dict-item]
+    )
+    assert name_trial(drawn, {"train.lr": 0.00034567891, "draft.target_layer_ids": [-1, 3]}, number=6) == (
         "0007,lr=0.0003457,target_layer_ids=-1_3"
     )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.0012345678, 0.0012345679],
+        ["runs/a", "runs_a"],
+        ["runs/a b", "runs/ab", 'runs/a"b'],
+        ["a,b", "a_b"],
+        [[1, 3], ["1_3"], [[1], 3]],
+        [1, "1", 2],
+        [{}, {"as": 1}, "as-it-is"],
+    ],
+)
+def test_values_that_look_alike_get_folders_of_their_own(values: list[object]) -> None:
+    sweep = SweepSection(grid={"draft.init_from": values, "train.seed": [0, 1]})
+    names = [
+        name_trial(sweep, point_of(sweep, params), number=number) for number, params in enumerate(plan_params(sweep))
+    ]
+    assert len(set(names)) == len(names) == 2 * len(values)
+    assert not any("/" in name for name in names)
+    other_way_round = SweepSection(grid={"draft.init_from": values[::-1], "train.seed": [0, 1]})
+    point = {"draft.init_from": values[0], "train.seed": 1}
+    assert name_trial(sweep, point, number=1) == name_trial(other_way_round, point, number=3)
+
+
+def test_only_look_alikes_carry_a_digest() -> None:
+    sweep = SweepSection(grid={"train.lr": [0.0012345678, 0.0012345679, 0.00234567]})
+    assert name_trial(sweep, {"train.lr": 0.0012345678}, number=0).startswith("lr=0.001235-")
+    assert name_trial(sweep, {"train.lr": 0.00234567}, number=2) == "lr=0.002346"
 
 
 def test_what_describes_a_sweep_is_what_its_trials_depend_on(base: Config, tmp_path: Path) -> None:
@@ -196,6 +235,11 @@ def test_a_section_varies_several_keys_at_once(base: Config, tmp_path: Path) -> 
         ("train = [{}, { run_dir = 'elsewhere' }]", "train.run_dir cannot vary"),
         ("cache = [{}, { path = 'elsewhere' }]", "cache.path cannot vary"),
         ("cache = [{}]", "cannot vary"),
+        (
+            "draft = [{}, { markov_rank = 0 }]\n'draft.markov_rank' = [0, 8]",
+            "markov_rank is set by both draft and draft.",
+        ),
+        ("'draft.markov_rank' = [0, 8]\ndraft = [{}, { markov_rank = 0 }]", "set by both draft.markov_rank and draft;"),
     ],
 )
 def test_variants_of_a_section_are_checked(base: Config, tmp_path: Path, line: str, message: str) -> None:

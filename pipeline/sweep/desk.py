@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, to_toml
-from pipeline.stage_two import evaluate_draft, open_cache, save_evaluation
+from pipeline.stage_two import check_evaluation, evaluate_draft, open_cache, save_evaluation
 from pipeline.sweep.plan import Point, point_of
 from pipeline.sweep.provenance import describe_origin
 from pipeline.sweep.record import write_trial
@@ -71,6 +71,7 @@ class Desk:
         claimed.handle.set_user_attr("run_dir", str(run_dir))
         claimed.handle.set_user_attr("origin", origin)
         write_trial(run_dir, {**self._record, "state": "started"})
+        check_evaluation(trial)
 
     @contextmanager
     def logging(self) -> Iterator[None]:

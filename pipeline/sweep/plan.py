@@ -28,11 +28,16 @@ Point = dict[str, Any]
 
 
 def sweep_section(config: Config) -> SweepSection:
-    """The config's `[sweep]`. Raises ConfigError without one, and for a key that is no training knob."""
+    """The config's `[sweep]`. Raises ConfigError without one, and for a key that is no training knob or set twice."""
     if config.sweep is None:
         raise ConfigError('[sweep]: the config has none; write, for example, [sweep.grid] "train.seed" = [0, 1, 2]')
+    varied_by: dict[str, str] = {}
     for key, values in config.sweep.values.items():
         for swept in _swept_keys(key, values):
+            if varied_by.setdefault(swept, key) != key:
+                raise ConfigError(
+                    f"sweep: {swept} is set by both {varied_by[swept]} and {key}; leave it in one of them"
+                )
             if swept.partition(".")[0] not in SWEPT_SECTIONS or swept in UNSWEPT_KEYS:
                 raise ConfigError(
                     f"sweep: {swept} cannot vary over one cache; expected a key of {', '.join(SWEPT_SECTIONS)} that "
@@ -93,7 +98,7 @@ def trial_config(config: Config, point: Point, *, number: int) -> Config:
     """The config of one trial, with a run folder of its own below `train.run_dir`. Raises ConfigError."""
     sweep = sweep_section(config)
     tables = config.model_dump(mode="json", exclude_none=True, exclude={"sweep"})
-    name = name_trial(point, number=None if sweep.sampler == "grid" else number + 1)
+    name = name_trial(sweep, point, number=number)
     tables["train"]["run_dir"] = str(config.train.run_dir / name)
     for key, value in point.items():
         section, _, field = key.partition(".")
@@ -101,21 +106,36 @@ def trial_config(config: Config, point: Point, *, number: int) -> Config:
     return parse_config(tables, where="sweep")
 
 
-def name_trial(point: Point, *, number: int | None) -> str:
-    """A folder's name: `markov_rank=64,seed=0`, behind the trial's number (from 1) where values are rounded in it."""
-    texts = [f"{key.rpartition('.')[2]}={_short(value)}" for key, value in point.items()]
-    name = ",".join(texts if number is None else [f"{number:04d}", *texts])
-    name = name.replace('"', "").replace("/", "_").replace(" ", "")
-    if len(name) <= NAME_LENGTH:
-        return name
-    return f"{name[:NAME_LENGTH]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+def name_trial(sweep: SweepSection, point: Point, *, number: int) -> str:
+    """A folder's name, which no other trial has: `markov_rank=64,seed=0`, but for a grid behind the number from 1."""
+    texts = [f"{key.rpartition('.')[2]}={_label(value, among=sweep.values[key])}" for key, value in point.items()]
+    name = ",".join(texts if sweep.sampler == "grid" else [f"{number + 1:04d}", *texts])
+    return name if len(name) <= NAME_LENGTH else f"{name[:NAME_LENGTH]}-{_digest(name)}"
+
+
+def _label(value: Any, *, among: list[Any] | RangeTable) -> str:
+    """The value in a folder's name; with a digest where others of its list look the same there."""
+    text = _short(value)
+    look_alikes = [other for other in among if _short(other) == text] if isinstance(among, list) else []
+    return f"{text}-{_digest(json.dumps(value))}" if len(look_alikes) > 1 else text
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _short(value: Any) -> str:
+    text = _round(value)
+    for character, instead in {'"': "", " ": "", "/": "_", ",": "_"}.items():
+        text = text.replace(character, instead)
+    return text
+
+
+def _round(value: Any) -> str:
     if isinstance(value, dict):
-        return "+".join(f"{key}={_short(item)}" for key, item in value.items()) or "as-it-is"
+        return "+".join(f"{key}={_round(item)}" for key, item in value.items()) or "as-it-is"
     if isinstance(value, list):
-        return "_".join(_short(item) for item in value)
+        return "_".join(_round(item) for item in value)
     return f"{value:.4g}" if isinstance(value, float) and float(f"{value:.4g}") != value else json.dumps(value)
 
 

@@ -7,18 +7,22 @@ import torch
 from optuna.trial import TrialState
 
 from pipeline.config import Config, ConfigError
-from pipeline.stage_two import open_cache, train_draft
+from pipeline.stage_two import NonFiniteScoreError, open_cache, train_draft
 from pipeline.sweep.desk import Desk
 from pipeline.sweep.plan import Point, check_points, trial_config
 from pipeline.sweep.provenance import describe_cache
 from pipeline.sweep.study import Trials, open_trials
 from stages.errors import SettingError
+from stages.evaluate.throughput import read_throughput_table
+from stages.train.checkpoint import NonFiniteWeightsError
 from stages.train.interrupt import stop_on_signals
 from stages.train.nonfinite import NonFiniteLossError
 from stages.train.parallel import Ranks
 
 # What the values of one trial can bring about, so that the next may do better. Anything else ends the sweep.
-TRIAL_ERRORS = (ConfigError, SettingError, NonFiniteLossError, torch.OutOfMemoryError)
+TRIAL_ERRORS = (
+    ConfigError, SettingError, NonFiniteLossError, NonFiniteWeightsError, NonFiniteScoreError, torch.OutOfMemoryError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,7 @@ class SweepResult:
 def open_sweep(config: Config) -> Trials:
     """The sweep's trials, once config and cache are known to fit. Raises ConfigError, SettingError, CacheError."""
     check_points(config)
+    _check_table(config)
     with open_cache(config, layers=None) as reader:
         if not len(reader.split_indices("validation")):
             raise SettingError(
@@ -91,18 +96,24 @@ def run_trials(config: Config, desk: Desk | None, *, ranks: Ranks) -> bool:
 
 def _run_trial(config: Config, desk: Desk | None, number: int, point: Point, *, ranks: Ranks) -> bool:
     """Train one trial and measure it; False if it was interrupted. Errors of `TRIAL_ERRORS` make it a failed one."""
+    ranks.on_first(lambda: _check_table(config))  # gone by now: no fault of the trial's values
     try:
         trial = trial_config(config, point, number=number)
         ranks.on_first(lambda: _at(desk).begin(trial))
         with nullcontext() if desk is None else desk.logging():
             result = train_draft(trial, ranks=ranks, judge=None if desk is None else desk.judge)
+        return ranks.on_first(lambda: _at(desk).conclude(trial, was_stopped=result.was_stopped))
     except TRIAL_ERRORS as error:
         if desk is not None:
             desk.fail(error)
         if ranks.world > 1:
             raise  # another rank may not have failed; the same command goes on with the next trial
         return True
-    return ranks.on_first(lambda: _at(desk).conclude(trial, was_stopped=result.was_stopped))
+
+
+def _check_table(config: Config) -> None:
+    """See to it that what every trial's evaluation needs is there. Raises SettingError."""
+    read_throughput_table(config.evaluate.throughput_table, least_tokens=1)
 
 
 def _at(desk: Desk | None) -> Desk:

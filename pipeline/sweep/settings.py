@@ -1,5 +1,6 @@
 """Config section of sweeps: `[sweep]`."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -19,6 +20,8 @@ class RangeTable(Section):
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
+        if not all(-math.inf < number < math.inf for number in (self.low, self.high, self.step or 0)):
+            raise ValueError("low, high and step must be finite")
         if not self.low < self.high:
             raise ValueError("low must be below high")
         if self.log and (self.low <= 0 or self.step is not None):
@@ -71,7 +74,7 @@ class SweepSection(Section):
     """SQLAlchemy URL of the data base in which the trials are shared by several machines, for example
     `postgresql+psycopg://host/sweeps`. Default: an SQLite file in `train.run_dir`."""
     name: str | None = Field(default=None, min_length=1)
-    """The sweep's name in `storage`. Default: the name of the folder `train.run_dir`."""
+    """The sweep's name in `storage`, and only there. Default: the name of the folder `train.run_dir`."""
 
     @model_validator(mode="after")
     def _check_sampler(self) -> Self:

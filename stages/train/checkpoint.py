@@ -45,6 +45,10 @@ class CheckpointError(StageError, ValueError):
     """A run cannot be continued from what lies in its folder."""
 
 
+class NonFiniteWeightsError(CheckpointError, ArithmeticError):
+    """The draft's weights are NaN or infinite, so they were not written; the disk has nothing to do with it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainerState:
     """`step` optimizer steps are done; `made_from` names everything that must be equal for a resume."""
@@ -82,8 +86,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `state.step` atomically and delete all but the last `keep_last`. All ranks call it.
 
-    Raises CheckpointError when the disk is full or refuses, and for weights that are not finite; the checkpoints before
-    it are then still there.
+    Raises CheckpointError when the disk is full or refuses, NonFiniteWeightsError for weights that are not finite; the
+    checkpoints before it are then still there.
     """
     final = checkpoints / f"step_{state.step:08d}"
     partial = checkpoints / f".{final.name}.{os.getpid()}.partial"
@@ -112,7 +116,8 @@ def save_checkpoint(
 def save_draft(folder: Path, *, draft_model: Qwen3DSparkModel, dtype: torch.dtype, ranks: Ranks = ALONE) -> None:
     """Write the draft as servers load it, its weights in `dtype`; whole or not at all. The model is not cast.
 
-    All ranks call it. Raises CheckpointError when the disk is full or refuses, and for weights that are not finite.
+    All ranks call it. Raises CheckpointError when the disk is full or refuses, NonFiniteWeightsError for weights that
+    are not finite.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     weights = _whole_weights(draft_model, dtype=dtype, ranks=ranks)
@@ -220,11 +225,11 @@ def _whole_weights(draft_model: Qwen3DSparkModel, *, dtype: torch.dtype, ranks: 
 
 
 def _check_finite(weights: dict[str, torch.Tensor], *, where: Path) -> None:
-    """Keep broken weights from taking the place of whole ones. Raises CheckpointError."""
+    """Keep broken weights from taking the place of whole ones. Raises NonFiniteWeightsError."""
     broken = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
     if broken:
         dtype = next(iter(weights.values())).dtype
-        raise CheckpointError(
+        raise NonFiniteWeightsError(
             f"{where}: not written: {broken[0]} and {len(broken) - 1} other tensors are not finite in {dtype}; lower "
             "train.lr or raise train.warmup_fraction in a new train.run_dir, or, of an export, choose another dtype"
         )
