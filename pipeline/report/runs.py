@@ -23,7 +23,9 @@ from storage import CacheError
 
 RUN_FILES = ("config.toml", "metrics.jsonl", "evaluation.json")
 TARGET_TENSORS = ("embed_tokens.weight", "lm_head.weight")  # frozen copies of the target's
-UNCOMPARED_KEYS = {"train.run_dir", "train.device"}  # where it was, not what it is
+# What makes a draft what it is, and how it was measured; how its data came about is the cache's business.
+COMPARED_SECTIONS = {"target", "data", "cache", "draft", "objective", "train", "evaluate"}
+UNCOMPARED_KEYS = {"train.run_dir", "train.device", "cache.staging", "cache.path"}  # where it was, not what it is
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 logger = logging.getLogger(__name__)
@@ -99,8 +101,9 @@ def common_folder(folders: Sequence[Path]) -> Path:
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """Config keys that do not have the same value in all runs, in the order of the config."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.config))
+    """Config keys that do not have the same value in all runs, in the order of the config, the draft's own first."""
+    found = dict.fromkeys(key for run in runs for key in run.config if key.partition(".")[0] in COMPARED_SECTIONS)
+    keys = sorted(found, key=lambda key: key.partition(".")[0] not in ("draft", "objective", "train"))
     texts = {key: {json.dumps(run.config.get(key), default=str) for run in runs if run.config} for key in keys}
     return [key for key in keys if key not in UNCOMPARED_KEYS and len(texts[key]) > 1]
 

@@ -287,8 +287,8 @@ def _open_storage(sweep: SweepSection, folder: Path) -> RDBStorage:
         where = "sweep.storage" if sweep.storage else str(folder / STUDY_FILE)
         raise SettingError(
             f"{where}: cannot be used as the data base of a sweep ({error}); expected an SQLAlchemy URL whose driver "
-            "is installed, or none for a file in the sweep's folder. If another machine began in the same moment, start "
-            "again"
+            "is installed, or none for a file in the sweep's folder. If another machine began in the same moment, "
+            "start again"
         ) from error
 
 
