@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -117,6 +118,7 @@ def test_a_sweep_trains_evaluates_and_compares_once(cached: Path, tmp_path: Path
     assert "2 of 2 trials have ended: 2 complete" in second.output
     assert "trial 1 of 2" not in second.output
     assert [read_metrics(folder) for folder in folders] == before
+    assert "no longer there" not in second.output
     out = tmp_path / "exported"
     exported = CliRunner().invoke(main, ["export", str(folders[1] / "checkpoints" / "step_00000004"), str(out)])
     assert exported.exit_code == 0
@@ -368,6 +370,16 @@ def test_an_error_of_the_code_ends_the_sweep_and_costs_no_trial(
     assert "2 of 2 trials have ended: 2 complete" in run(file).output
 
 
+def test_a_trial_whose_folder_is_gone_is_named(cached: Path, tmp_path: Path) -> None:
+    file = write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0, 1]', train__max_steps=1)
+    run(file)
+    shutil.rmtree(tmp_path / "run" / "seed=0")
+    again = run(file)
+    assert again.exit_code == 0
+    assert "2 of 2 trials have ended: 2 complete" in again.output
+    assert "complete, but no longer there to be compared: seed=0" in again.output.splitlines()
+
+
 def test_a_sweep_keeps_to_its_cache(cached: Path, tmp_path: Path) -> None:
     run(write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0]'))
     other = make_config(tmp_path / "other" if (tmp_path / "other").mkdir() is None else tmp_path, num_chats=12)
@@ -377,7 +389,7 @@ def test_a_sweep_keeps_to_its_cache(cached: Path, tmp_path: Path) -> None:
     file = write_sweep(tmp_path / "other", tmp_path, '[sweep.grid]\n"train.seed" = [0]')
     refused = run(file)
     assert refused.exit_code == 1
-    assert "holds a sweep (run) that was begun with something else" in refused.output
+    assert "holds a sweep that was begun with something else" in refused.output
     assert "cache.identity: the sweep has" in refused.output
 
 

@@ -1,12 +1,15 @@
 """How processes share the trials of a sweep, without a training: what is claimed, freed, drawn, refused."""
 
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
 from pipeline.config import Config, load_config, to_toml
@@ -247,6 +250,62 @@ def test_a_file_that_is_no_data_base(base: Config, tmp_path: Path) -> None:
     (tmp_path / "run" / "study.db").write_text("garbage" * 1000)
     with pytest.raises(SettingError, match=r"study.db: cannot be used"):
         open_trials(make(base, GRID, tmp_path / "run"), cache=CACHE)
+
+
+@pytest.mark.parametrize("name", ["what?", "50%41", "a#b", "{x}", "two words"])
+def test_a_folder_may_have_any_name(base: Config, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "sub" / name
+    trials = open_trials(make(base, GRID, folder), cache=CACHE)
+    assert len(drain(trials, tau=lambda _: 1.0)) == 6
+    assert (folder / "study.db").is_file()
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [name]
+
+
+def test_a_folder_that_was_renamed_keeps_its_sweep(base: Config, tmp_path: Path) -> None:
+    before = open_trials(make(base, GRID, tmp_path / "before" / "run"), cache=CACHE)
+    drain(before, tau=lambda _: 1.0)
+    (tmp_path / "before").rename(tmp_path / "after")
+    (tmp_path / "after" / "run").rename(tmp_path / "after" / "other")
+    after = open_trials(make(base, GRID, tmp_path / "after" / "other"), cache=CACHE)
+    assert after.count(TrialState.COMPLETE) == 6
+
+
+def test_a_study_named_after_its_folder_is_continued(base: Config, tmp_path: Path) -> None:
+    """As earlier versions named it."""
+    (tmp_path / "run").mkdir()
+    optuna.create_study(study_name="run", storage=f"sqlite:///{tmp_path}/run/study.db", direction="maximize")
+    assert open_trials(make(base, GRID, tmp_path / "run"), cache=CACHE).study.study_name == "run"
+
+
+def test_many_may_open_a_new_sweep_at_once(base: Config, tmp_path: Path) -> None:
+    config = make(base, GRID, tmp_path / "run")
+    at_once = threading.Barrier(8)
+
+    def open_() -> str:
+        at_once.wait()
+        return open_trials(config, cache=CACHE).place
+
+    with ThreadPoolExecutor(8) as pool:
+        opened = [pool.submit(open_) for _ in range(8)]
+    assert len({future.result() for future in opened}) == 1
+
+
+def test_a_shared_data_base_that_another_machine_sets_up_is_tried_again(
+    base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_module, "RETRY_SECONDS", 0.0)
+    original, attempts = study_module.RDBStorage, []
+
+    def connect(*arguments: Any, **named: Any) -> Any:
+        attempts.append(arguments)
+        if len(attempts) == 1:
+            raise sqlalchemy.exc.OperationalError("CREATE TABLE studies", {}, Exception("exists already"))
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(study_module, "RDBStorage", connect)
+    sweep = GRID.replace("[sweep.grid]", f'[sweep]\nstorage = "sqlite:///{tmp_path}/shared.db"\n[sweep.grid]')
+    assert open_trials(make(base, sweep, tmp_path / "run"), cache=CACHE).claim() is not None
+    assert len(attempts) == 2
 
 
 def test_optuna_says_nothing(capfd: pytest.CaptureFixture[str], base: Config, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ def sweep(config: Config, *, ranks: Ranks, console: Console) -> None:
         was_stopped = not run_trials(config, desk, ranks=ranks)
     if ranks.is_first:
         say(summarize(opened[0], was_stopped=was_stopped).describe())
+        if missing := opened[0].find_missing():
+            say(f"complete, but no longer there to be compared: {', '.join(missing)}")
         if any(config.train.run_dir.glob(f"*/{RECORD_FILE}")):  # none on a machine that came too late
             print_table(compare_runs(read_runs([config.train.run_dir])), console=console)
             say(f"dspark report {config.train.run_dir} writes a page with the curves")

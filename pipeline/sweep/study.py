@@ -12,12 +12,14 @@ interrupted once its process has not reported for GRACE_SECONDS.
 
 import fcntl
 import os
+import sqlite3
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +31,20 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.config import Config
 from pipeline.sweep.plan import describe_sweep, plan_distributions, plan_params, sweep_section
+from pipeline.sweep.record import RECORD_FILE
 from pipeline.sweep.settings import SweepSection
 from stages.errors import SettingError
 
 STUDY_FILE = "study.db"
+OWN_STUDY = "sweep"  # in that file
 LOCKS = ".locks"
 BEAT_SECONDS = 30.0
 # Ten missed reports: the machine is gone, or its clock is minutes off those of the others (assumption).
 GRACE_SECONDS = 300.0
 # Writers of an SQLite file wait for each other; each write takes milliseconds.
 BUSY_SECONDS = 60.0
+# Between two attempts at a shared data base; to make its tables takes less (assumption).
+RETRY_SECONDS = 2.0
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -94,6 +100,15 @@ class Trials:
                 if not self._copy_twin(claimed):
                     return claimed
             return None
+
+    def find_missing(self) -> list[str]:
+        """Run folders of complete trials of this folder that are gone, with what they would be compared by."""
+        trained = [
+            Path(trial.user_attrs["run_dir"]).name  # the sweep's folder may have another name by now
+            for trial in self._select(TrialState.COMPLETE)
+            if self._is_here(trial) and "run_dir" in trial.user_attrs  # else it has the values of another trial
+        ]
+        return [name for name in trained if not (self.folder / name / RECORD_FILE).is_file()]
 
     def is_held_here(self) -> bool:
         """Whether a process of this folder is at work on a trial."""
@@ -239,9 +254,9 @@ def open_trials(config: Config, *, cache: dict[str, str]) -> Trials:
     sweep = sweep_section(config)
     folder = config.train.run_dir
     (folder / LOCKS).mkdir(parents=True, exist_ok=True)
-    storage = _open_storage(sweep, folder)
-    name = sweep.name or folder.resolve().name
-    with _locked(folder / LOCKS / "sweep"):
+    with _locked(folder / LOCKS / "sweep"):  # also while the storage makes its tables
+        storage = _open_storage(sweep, folder)
+        name = _study_name(sweep, folder, storage)
         study = optuna.create_study(
             study_name=name,
             storage=storage,
@@ -258,17 +273,39 @@ def open_trials(config: Config, *, cache: dict[str, str]) -> Trials:
         )  # fmt: skip
 
 
+def _study_name(sweep: SweepSection, folder: Path, storage: RDBStorage) -> str:
+    """In a shared data base the sweep's; the folder's own file has one study, whatever the folder is called by now."""
+    if sweep.storage is not None:
+        return sweep.name or folder.resolve().name
+    return next((study.study_name for study in storage.get_all_studies()), OWN_STUDY)
+
+
 def _open_storage(sweep: SweepSection, folder: Path) -> RDBStorage:
-    url = sweep.storage or f"sqlite:///{folder / STUDY_FILE}"
-    arguments = {"connect_args": {"timeout": BUSY_SECONDS}} if url.startswith("sqlite") else {}
     try:
-        return RDBStorage(url, engine_kwargs=arguments)
+        return _connect_own(folder / STUDY_FILE) if sweep.storage is None else _connect_shared(sweep.storage)
     except (ImportError, RuntimeError, sqlalchemy.exc.SQLAlchemyError) as error:
         where = "sweep.storage" if sweep.storage else str(folder / STUDY_FILE)
         raise SettingError(
             f"{where}: cannot be used as the data base of a sweep ({error}); expected an SQLAlchemy URL whose driver "
-            "is installed, or none for a file in the sweep's folder"
+            "is installed, or none for a file in the sweep's folder. If another machine began in the same "
+            "moment, start again"
         ) from error
+
+
+def _connect_own(file: Path) -> RDBStorage:
+    # Not by its URL: of SQLAlchemy's versions some take `?` and `%` in one for syntax, and Optuna takes `{` so.
+    connect = partial(sqlite3.connect, file, timeout=BUSY_SECONDS, check_same_thread=False)
+    return RDBStorage(f"sqlite:///{STUDY_FILE}", engine_kwargs={"creator": connect})
+
+
+def _connect_shared(url: str) -> RDBStorage:
+    """Once more where the data base refuses: another machine may have made the tables in the same moment."""
+    arguments = {"connect_args": {"timeout": BUSY_SECONDS}} if url.startswith("sqlite") else {}
+    try:
+        return RDBStorage(url, engine_kwargs=arguments)
+    except sqlalchemy.exc.DBAPIError:
+        time.sleep(RETRY_SECONDS)
+        return RDBStorage(url, engine_kwargs=arguments)
 
 
 def _check_same(study: optuna.Study, wanted: dict[str, str], *, folder: Path) -> None:
@@ -281,7 +318,7 @@ def _check_same(study: optuna.Study, wanted: dict[str, str], *, folder: Path) ->
     if differing:
         lines = [f"  {key}: the sweep has {known.get(key)}, now {wanted.get(key)}" for key in differing]
         raise SettingError(
-            "\n".join([f"{folder} holds a sweep ({study.study_name}) that was begun with something else:", *lines])
+            "\n".join([f"{folder} holds a sweep that was begun with something else:", *lines])
             + "\nIts trials would not be comparable: set train.run_dir to a new folder (and sweep.name, with "
             "sweep.storage), or restore these to continue"
         )
