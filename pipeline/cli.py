@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -345,6 +346,17 @@ def _joined(settings: Config) -> Iterator["Ranks"]:
         if not ranks.is_first:
             logging.getLogger().setLevel(logging.WARNING)
         yield ranks
+    if not ranks.is_first:
+        _leave()
+
+
+def _leave() -> None:
+    """End a rank that is done, without taking the interpreter down: gloo's threads may outlive their group, and one
+    that then asks for the interpreter aborts the process, and with it the job (seen once in some hundred runs)."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _train(settings: Config, *, ranks: "Ranks", profiled: bool = False) -> bool:

@@ -216,7 +216,7 @@ def test_the_scheduler_equals_a_plain_loop(num_requests: int, coarse: bool, seed
     length = rng.integers(0, K + 1, size=(num_steps, num_requests))
     survival = np.cumprod(rng.random((num_steps, num_requests, K)), axis=2)
     if coarse:
-        survival = survival.round(1)  # ties, and tokens without any chance
+        survival = (survival * 8).round() / 8  # ties, and tokens without any chance; sums of eighths are exact
     found = schedule_steps(survival, length, STEEP)
     for step in range(num_steps):
         rows = [survival[step, r, : length[step, r]].tolist() for r in range(num_requests)]
