@@ -18,12 +18,11 @@ from pipeline.config import Config, ConfigError, load_config, to_toml
 from pipeline.logs import configure_logs
 from stages.extract.settings import CacheSection
 from stages.extract.share import ALONE, Share
-from stages.text_files import replace_text
+from stages.whole_files import write_whole
 from storage import CacheError
 from storage.remote import is_remote
 
 if TYPE_CHECKING:
-    from stages.evaluate.cached import CacheEvaluation
     from stages.train.export import Form
     from stages.train.parallel import Ranks
 
@@ -199,7 +198,7 @@ def verify(
     finally:  # the report is of use also where the cache cannot be repaired
         fields = show.report_to_json(report, repaired)
         if report_file is not None:
-            replace_text(report_file, json.dumps(fields, indent=2) + "\n")
+            write_whole(report_file, json.dumps(fields, indent=2) + "\n")
         if as_json:
             click.echo(json.dumps(fields, indent=2))
         else:
@@ -252,7 +251,9 @@ def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_
             ranks.on_first(lambda: stage_two.check_evaluation(settings))
         is_trained = _train(settings, ranks=ranks, profiled=profiled)
     if is_trained and then_evaluate and ranks.is_first:
-        _evaluate(settings)
+        from pipeline.measure import measure_from_cache
+
+        measure_from_cache(settings, draft=None, console=console)
 
 
 @main.command()
@@ -261,10 +262,12 @@ def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_
 @click.option("--decode", "decoded", is_flag=True, help="Then decode with the real target, as [decode] says.")
 def evaluate(config: Path, overrides: tuple[str, ...], draft: Path | None, decoded: bool) -> None:
     """Measure the draft's acceptance on the held-out split, from the cache alone."""
+    from pipeline.measure import measure_by_decoding, measure_from_cache
+
     settings = _load(config, overrides)
-    evaluation = _evaluate(settings, draft=draft)
+    evaluation = measure_from_cache(settings, draft=draft, console=console)
     if decoded:
-        _decode(settings, draft=draft, estimate=evaluation)
+        measure_by_decoding(settings, draft=draft, estimate=evaluation, console=console)
 
 
 @main.command()
@@ -333,10 +336,6 @@ def _extract(settings: Config, *, share: Share = ALONE) -> None:
     show.extraction(console, result)
 
 
-def _say_nothing(_text: str) -> None:
-    """What a rank after the first has to say."""
-
-
 @contextmanager
 def _joined(settings: Config) -> Iterator["Ranks"]:
     """The ranks of a training; those after the first only print what is wrong."""
@@ -352,7 +351,7 @@ def _joined(settings: Config) -> Iterator["Ranks"]:
 
 def _leave() -> None:
     """End a rank that is done, without taking the interpreter down: gloo's threads may outlive their group, and one
-    that then asks for the interpreter aborts the process, and with it the job (seen once in some hundred runs)."""
+    that then asks for the interpreter would abort the process, and with it the job."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -371,37 +370,6 @@ def _train(settings: Config, *, ranks: "Ranks", profiled: bool = False) -> bool:
         console.print(f"{run_dir} is trained already ({result.num_steps} steps); set train.run_dir for a new run")
     console.print(f"draft: {result.draft_dir}", markup=False)
     return True
-
-
-def _evaluate(settings: Config, *, draft: Path | None = None) -> "CacheEvaluation":
-    from pipeline import stage_two
-
-    draft_dir = draft or settings.train.run_dir / "draft"
-    evaluation = stage_two.evaluate_draft(settings, draft_dir=draft_dir)
-    file = _place_of_numbers(settings, draft) / "evaluation.json"
-    stage_two.save_evaluation(evaluation, file=file, draft_dir=draft_dir)
-    with stage_two.open_reader(settings.cache) as reader:
-        show.evaluation(console, evaluation, draft_dir=draft_dir, file=file, cache=reader)
-    return evaluation
-
-
-def _place_of_numbers(settings: Config, draft: Path | None) -> Path:
-    """The run's folder, where reports look, for its own draft; else the folder of the draft."""
-    if draft is None:
-        return settings.train.run_dir
-    is_of_run = draft.resolve().name == "draft" and (draft.resolve().parent / "config.toml").is_file()
-    return draft.parent if is_of_run else draft
-
-
-def _decode(settings: Config, *, draft: Path | None, estimate: "CacheEvaluation") -> None:
-    from pipeline import show_decoding
-    from pipeline.decoding import decode_draft
-
-    with show.progress_bar("decode") as progress:
-        result = decode_draft(settings, draft_dir=draft or settings.train.run_dir / "draft", progress=progress)
-    file = _place_of_numbers(settings, draft) / "decoding.json"
-    replace_text(file, json.dumps(result.to_json(), indent=2) + "\n")
-    show_decoding.decoding(console, result, estimate=estimate, file=file)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def _serving(draft: ExportedDraft) -> str:
         *(f"* {note}" for note in serving_notes(draft.config)),
         "vLLM"
         if draft.form == "dspark"
-        else "vLLM (v0.26 and before ignored this form's `sample_from_anchor`: not those)",
+        else "vLLM (a note on pull request 48639: v0.26 and before ignore this form's `sample_from_anchor`)",
         _code(f"vllm serve {target} --speculative-config {shlex.quote(speculative)}"),
     ]
     if draft.form == "speculators":

@@ -31,11 +31,11 @@ def price(console: Console, price: Price, counts: SampleCounts) -> None:
     table.add_row("layers", f"{', '.join(map(str, price.layers))} and the last state")
     table.add_row("tokens a sample", f"{price.max_length:,} at most")
     table.add_row("bytes a token", f"{price.bytes_per_token:,}")
-    table.add_row("states", _bytes(price.num_bytes))
+    table.add_row("states", format_bytes(price.num_bytes))
     table.add_row(
-        "beside them", f"at most {_bytes(price.num_overhead_bytes)}: padding of shards, tokens, the target's head"
+        "beside them", f"at most {format_bytes(price.num_overhead_bytes)}: padding of shards, tokens, the target's head"
     )
-    table.add_row("free disk", _bytes(price.num_free_bytes) + ("" if price.fits else "  [red]does not fit[/red]"))
+    table.add_row("free disk", format_bytes(price.num_free_bytes) + ("" if price.fits else "  [red]does not fit[/red]"))
     if price.hours:  # an import computes none
         table.add_row("forward passes", f"about {_hours(price.hours)} on this machine's {price.device}")
     console.print(table)
@@ -44,7 +44,7 @@ def price(console: Console, price: Price, counts: SampleCounts) -> None:
         tiers.add_column(title, justify="right")
     exact = next(tier for tier in price.tiers if tier.encoding == "bf16").bytes_per_token
     for tier in price.tiers:
-        sizes = (f"{tier.bytes_per_token:,}", _bytes(tier.num_bytes), f"{tier.bytes_per_token / exact:.2f}")
+        sizes = (f"{tier.bytes_per_token:,}", format_bytes(tier.num_bytes), f"{tier.bytes_per_token / exact:.2f}")
         tiers.add_row(tier.encoding, *sizes, style="bold" if tier.encoding == price.encoding else None)
     console.print(tiers)
     for line in counts.describe():
@@ -64,7 +64,7 @@ def extraction(console: Console, result: ExtractResult) -> None:
         return
     rate = result.num_tokens / result.seconds
     states = plan.measure_states()
-    size = f"{_bytes(states + plan.plan_file_bytes())} on disk"
+    size = f"{format_bytes(states + plan.plan_file_bytes())} on disk"
     if not result.num_missing_shards:
         size = f"{states / plan.manifest.plan.num_tokens:,.0f} bytes a token of states, with the plan {size}"
     console.print(
@@ -87,12 +87,14 @@ def transfer(console: Console, result: TransferResult, *, source: str | Path, de
         console.print(f"{result.num_busy} shards are left to another process that is writing them", markup=False)
     console.print(
         f"{destination}: {result.num_copied} of {result.num_shards} shards copied, {result.num_present} were there, "
-        f"{_bytes(result.num_bytes)} in {result.seconds:,.1f} s",
+        f"{format_bytes(result.num_bytes)} in {result.seconds:,.1f} s",
         markup=False,
     )
 
 
-def evaluation(console: Console, evaluation: Evaluation, *, draft_dir: Path, file: Path, cache: CacheReader) -> None:
+def evaluation(
+    console: Console, evaluation: Evaluation, *, draft_dir: Path, file: Path, cache: str | Path, token_bytes: int
+) -> None:
     """What a draft reached on the held-out split."""
     table = _table("held-out acceptance, measured from the cache")
     table.add_row("tau", f"{evaluation.tau:.3f}  (95 % interval {evaluation.tau_low:.3f} to {evaluation.tau_high:.3f})")
@@ -104,7 +106,7 @@ def evaluation(console: Console, evaluation: Evaluation, *, draft_dir: Path, fil
     if evaluation.scheduling is not None:
         _add_scheduling(table, evaluation.scheduling)
     table.add_row("measured on", f"{evaluation.num_samples:,} conversations, {evaluation.num_blocks:,} blocks")
-    table.add_row("cache", f"{cache.place}, {cache.manifest.header.token_bytes:,} bytes a token")
+    table.add_row("cache", f"{cache}, {token_bytes:,} bytes a token")
     table.add_row("draft", str(draft_dir))
     table.add_row("numbers", str(file))
     console.print(table)
@@ -150,7 +152,7 @@ def verify_report(console: Console, report: VerifyReport) -> None:
     for problem in report.problems:
         console.print(printable(str(problem)), markup=False, style="red")
     verdict = "whole" if report.ok else f"{len(report.problems)} problems, {len(report.missing_shards)} shards missing"
-    checked = f"{_bytes(report.num_checked_bytes)} checked in {report.seconds:,.1f} s"
+    checked = f"{format_bytes(report.num_checked_bytes)} checked in {report.seconds:,.1f} s"
     console.print(f"{report.num_shards} shards, {checked}: {verdict}", markup=False)
 
 
@@ -188,7 +190,7 @@ def remote_cache(console: Console, reader: CacheReader) -> None:
         for split, counts in plan.splits.items():
             table.add_row(f"split {split}", f"{counts.num_samples:,} samples, {counts.num_tokens:,} tokens")
         table.add_row("tokens", f"{plan.num_tokens:,}, {plan.num_supervised / plan.num_tokens:.1%} supervised")
-        table.add_row("payload", f"{_bytes(plan.payload_bytes)}, {manifest.header.token_bytes:,} bytes a token")
+        table.add_row("payload", f"{format_bytes(plan.payload_bytes)}, {manifest.header.token_bytes:,} bytes a token")
         quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]).astype(int)
         table.add_row("tokens a sample", "min {} | 25 % {} | median {} | 75 % {} | max {}".format(*quantiles))
         for reason, count in plan.dropped.items():
@@ -235,9 +237,9 @@ def _cache_summary(found: Inspection) -> Table:
     is_compressed = ENCODINGS[found.identity["encoding"]].compressed
     table.add_row(
         "states uncompressed" if is_compressed else "states when complete",
-        f"{_bytes(found.payload_bytes)}, {found.payload_bytes_per_token:,} bytes a token",
+        f"{format_bytes(found.payload_bytes)}, {found.payload_bytes_per_token:,} bytes a token",
     )
-    on_disk = ("about " if found.is_estimated else "") + _bytes(found.num_committed_bytes)
+    on_disk = ("about " if found.is_estimated else "") + format_bytes(found.num_committed_bytes)
     if found.num_committed_tokens:
         on_disk += f", {found.num_committed_bytes / found.num_committed_tokens:,.0f} bytes a token with padding"
     table.add_row("states on disk", on_disk)
@@ -245,7 +247,7 @@ def _cache_summary(found: Inspection) -> Table:
         error = found.total_variation
         shown = f"total variation {error.mean:.4f} in the mean, 99 % below {error.p99:.4f}"
         table.add_row("lost by the encoding", f"{shown}, at {error.num_positions:,} positions")
-    table.add_row("plan on disk", _bytes(found.plan_file_bytes))
+    table.add_row("plan on disk", format_bytes(found.plan_file_bytes))
     quantiles = "min {:,} | 25 % {:,} | median {:,} | 75 % {:,} | max {:,}".format(*found.length_quantiles)
     table.add_row("tokens a sample", quantiles)
     for reason, count in found.dropped.items():
@@ -304,7 +306,8 @@ def _table(title: str) -> Table:
     return table
 
 
-def _bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
+    """In the largest unit that it fills, from MB on."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:,.2f} {unit}"

@@ -111,7 +111,8 @@ def headline(comparison: Comparison) -> str:
         ahead = comparison.differences[str(others[0].folder)]
         return (
             f"Ship {best.name}: {_describe_tau(best)}, {ahead.mean:.3f} above the next, {others[0].name} (paired "
-            f"difference {ahead.low:.3f} to {ahead.high:.3f}), which is beyond chance."
+            f"difference {ahead.low:.3f} to {ahead.high:.3f}), which is beyond the luck of these conversations; how "
+            "far a training seed moves it, only more seeds tell."
         )
     if choice is best:
         names = join_names([run.name for run in comparison.ties])

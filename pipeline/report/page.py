@@ -4,7 +4,6 @@ The page is made anew from the runs each time; deleting it and its folder loses 
 """
 
 import base64
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from markupsafe import Markup
 from pipeline.report.compare import Comparison, describe_groups, headline
 from pipeline.report.figures import Plot, draw_plots
 from pipeline.report.runs import Run, differing_keys
-from pipeline.report.words import describe_seconds, format_bytes, format_difference, format_value, readable
+from pipeline.report.words import describe_seconds, format_difference, format_value, readable
+from pipeline.show import format_bytes
+from stages.whole_files import write_whole
 
 PAGE = "report.html"
 PLOTS = "report"
@@ -31,8 +32,8 @@ def write_page(comparison: Comparison, out: Path) -> Path:
         if plot.png is None:
             file.unlink(missing_ok=True)  # of an earlier report
         else:
-            _replace(file, plot.png)
-    _replace(out / PAGE, readable(render_page(comparison, plots)).encode("utf-8"))
+            write_whole(file, plot.png)
+    write_whole(out / PAGE, readable(render_page(comparison, plots)))
     return out / PAGE
 
 
@@ -93,7 +94,7 @@ def _cost(run: Run) -> dict[str, str]:
         "steps": f"{run.num_steps:,}" if run.train_rows else "",
         "parameters": "" if run.num_parameters is None else f"{run.num_parameters:,}",
         "draft": "" if run.draft_bytes is None else format_bytes(run.draft_bytes),
-        "cache": format_bytes(run.cache_bytes),
+        "cache": "not at hand" if run.cache_bytes is None else format_bytes(run.cache_bytes),
         "cache_path": str(run.config.get("cache.path", "")),
         "revision": str(origin.get("revision") or "")[:12] if isinstance(origin, dict) else "",
         "state": str(run.trial.get("state", "")),
@@ -106,12 +107,3 @@ def _describe_plot(plot: Plot) -> dict[str, Any]:
         "key": plot.key, "title": plot.title, "text": plot.text, "image": image,
         "missing": plot.missing, "folders": plot.folders,
     }  # fmt: skip
-
-
-def _replace(file: Path, data: bytes) -> None:
-    temp = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temp.write_bytes(data)
-        temp.replace(file)
-    finally:
-        temp.unlink(missing_ok=True)

@@ -18,11 +18,11 @@ from stages.errors import SettingError
 from stages.evaluate.evaluation import Evaluation, read_evaluation
 from stages.evaluate.records import EvaluationError
 from stages.extract.run import read_plan
+from stages.train.draft_folder import TARGET_TENSORS
 from stages.train.metrics import read_metrics
 from storage import CacheError
 
 RUN_FILES = ("config.toml", "metrics.jsonl", "evaluation.json")
-TARGET_TENSORS = ("embed_tokens.weight", "lm_head.weight")  # frozen copies of the target's
 # What makes a draft what it is, and how it was measured; how its data came about is the cache's business.
 COMPARED_SECTIONS = {"target", "data", "cache", "draft", "objective", "train", "evaluate"}
 UNCOMPARED_KEYS = {"train.run_dir", "train.device", "cache.staging", "cache.path"}  # where it was, not what it is

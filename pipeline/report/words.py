@@ -38,16 +38,6 @@ def format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def format_bytes(count: int | None) -> str:
-    """Three digits and a unit."""
-    if count is None:
-        return "not at hand"
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"
-
-
 def describe_seconds(seconds: float) -> str:
     """Seconds, minutes or hours, three digits."""
     for unit, size in (("h", 3600.0), ("min", 60.0)):

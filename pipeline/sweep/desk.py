@@ -13,8 +13,8 @@ from pipeline.sweep.plan import Point, point_of
 from pipeline.sweep.provenance import describe_origin
 from pipeline.sweep.record import write_trial
 from pipeline.sweep.study import ClaimedTrial, Trials
-from stages.text_files import replace_text
 from stages.train.interrupt import StopRequest
+from stages.whole_files import write_whole
 
 POLL_SECONDS = 1.0
 PRUNED = "the sweep"  # behind "stopped by" in the training's last line
@@ -63,7 +63,7 @@ class Desk:
         # The training writes it too, once nothing forbids the run; here also a trial that fails before gets one, but
         # a refused resume must not overwrite what the run was made from.
         if not (run_dir / "checkpoints").exists():
-            replace_text(run_dir / "config.toml", to_toml(trial))
+            write_whole(run_dir / "config.toml", to_toml(trial))
         with open_cache(trial, layers=trial.draft.target_layer_ids) as reader:
             origin = describe_origin(trial, reader)
         self._run_dir = run_dir

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from stages.text_files import replace_text
+from stages.whole_files import write_whole
 
 RECORD_FILE = "trial.json"
 FORMAT_VERSION: Final = 1
@@ -19,7 +19,7 @@ def write_trial(run_dir: Path, fields: dict[str, Any]) -> None:
     origin           `describe_origin`'s
     """
     text = json.dumps({"format_version": FORMAT_VERSION, **fields}, indent=2) + "\n"
-    replace_text(run_dir / RECORD_FILE, text)
+    write_whole(run_dir / RECORD_FILE, text)
 
 
 def read_trial(run_dir: Path) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ from pipeline.sweep.plan import describe_sweep, plan_distributions, plan_params,
 from pipeline.sweep.record import RECORD_FILE
 from pipeline.sweep.settings import SweepSection
 from stages.errors import SettingError
+from stages.whole_files import write_whole
 
 STUDY_FILE = "study.db"
 OWN_STUDY = "sweep"  # in that file
@@ -346,9 +347,7 @@ def _place(folder: Path) -> str:
     """A name of the folder that no other has; it is made once, under the sweep's lock."""
     file = folder / LOCKS / "place"
     if not file.is_file():
-        temp = file.with_suffix(".partial")
-        temp.write_text(uuid.uuid4().hex, encoding="ascii")
-        temp.replace(file)
+        write_whole(file, uuid.uuid4().hex)
     return file.read_text(encoding="ascii")
 
 

@@ -1,13 +1,13 @@
 """JSON files of the evaluation: written whole or not at all, and read back strictly."""
 
 import json
-import os
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
 from stages.errors import StageError
+from stages.whole_files import write_whole
 from storage.sealed import Record, describe
 
 R = TypeVar("R", bound=Record)
@@ -19,15 +19,7 @@ class EvaluationError(StageError, ValueError):
 
 def write_record(file: Path, record: Record) -> None:
     """Write or replace the file; a crash leaves the old one or the new one."""
-    temp = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with temp.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temp.replace(file)
-    finally:
-        temp.unlink(missing_ok=True)
+    write_whole(file, json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
 
 
 def read_record(file: Path, kind: type[R], *, version: int) -> R:

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from transformers import AutoConfig, Qwen3Config
 
 from stages.errors import SettingError
-from stages.text_files import replace_text
 from stages.train.checkpoint import (
     CheckpointError,
     TrainerState,
@@ -39,6 +38,7 @@ from stages.train.profiling import StepProfiler
 from stages.train.settings import DraftSection, ObjectiveSection, TrainSection
 from stages.train.validation import Validate
 from stages.train.warm_start import digest_draft, load_initial_weights
+from stages.whole_files import write_whole
 from storage import CacheReader
 
 # Settings that may differ between a run and its resume: they change no weight, or only in how a sum is rounded, as
@@ -194,7 +194,7 @@ def train(  # noqa: PLR0913 (three sections, and what a caller joins to the trai
 def _keep_config(run_dir: Path, config_text: str | None) -> None:
     """Only now that nothing forbids the run: a refused one must leave the config of the one that is there."""
     if config_text is not None:
-        replace_text(run_dir / "config.toml", config_text)
+        write_whole(run_dir / "config.toml", config_text)
 
 
 def _check_source(draft: DraftSection, *, run_dir: Path) -> None:

@@ -1,0 +1,44 @@
+"""What `dspark evaluate` does: measure a draft, keep the numbers, print them."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline import show, show_decoding
+from pipeline.config import Config
+from pipeline.decoding import decode_draft
+from pipeline.stage_two import evaluate_draft, open_reader, save_evaluation
+from stages.evaluate.evaluation import Evaluation
+from stages.whole_files import write_whole
+
+
+def measure_from_cache(config: Config, *, draft: Path | None, console: Console) -> Evaluation:
+    """Acceptance on the held-out split; `draft` None: the run's own. Raises SettingError, CacheError."""
+    draft_dir = draft or config.train.run_dir / "draft"
+    evaluation = evaluate_draft(config, draft_dir=draft_dir)
+    file = place_of_numbers(config, draft) / "evaluation.json"
+    save_evaluation(evaluation, file=file, draft_dir=draft_dir)
+    with open_reader(config.cache) as reader:
+        token_bytes = reader.manifest.header.token_bytes
+    show.evaluation(
+        console, evaluation, draft_dir=draft_dir, file=file, cache=config.cache.path, token_bytes=token_bytes
+    )
+    return evaluation
+
+
+def measure_by_decoding(config: Config, *, draft: Path | None, estimate: Evaluation, console: Console) -> None:
+    """Decoding with the real target, beside the cache's estimate. Raises SettingError, CacheError."""
+    with show.progress_bar("decode") as progress:
+        result = decode_draft(config, draft_dir=draft or config.train.run_dir / "draft", progress=progress)
+    file = place_of_numbers(config, draft) / "decoding.json"
+    write_whole(file, json.dumps(result.to_json(), indent=2) + "\n")
+    show_decoding.decoding(console, result, estimate=estimate, file=file)
+
+
+def place_of_numbers(config: Config, draft: Path | None) -> Path:
+    """The run's folder, where reports look, for its own draft; else the folder of the draft."""
+    if draft is None:
+        return config.train.run_dir
+    is_of_run = draft.resolve().name == "draft" and (draft.resolve().parent / "config.toml").is_file()
+    return draft.parent if is_of_run else draft
