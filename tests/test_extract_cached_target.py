@@ -10,18 +10,10 @@ import transformers
 from stages.extract.cached_target import CachedTarget, check_cropping
 from stages.extract.capture import Capture
 from stages.extract.target import TargetError, find_parts
+from tiny_target import SHAPE
 
 LAYERS = [-1, 0, 2]
-SHAPE: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "initializer_range": 0.2,
-}
+WIDE = SHAPE | {"initializer_range": 0.2}  # so that logits differ
 SLIDING = {"sliding_window": 5}  # shorter than the sequences below
 
 
@@ -30,7 +22,7 @@ def make_model(name: str, **changes: Any) -> Any:
     if name == "GPT2":
         config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=2, n_positions=64)
         return transformers.GPT2LMHeadModel(config).eval()
-    config = getattr(transformers, f"{name}Config")(**SHAPE, **changes)
+    config = getattr(transformers, f"{name}Config")(**WIDE, **changes)
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
@@ -84,7 +76,7 @@ def test_without_cutting_back_the_next_logits_are_others() -> None:
 def test_a_recurrent_target_is_refused() -> None:
     torch.manual_seed(0)
     config = transformers.Qwen3NextConfig(
-        **SHAPE,
+        **WIDE,
         linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
         num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
     )  # fmt: skip

@@ -12,18 +12,9 @@ from stages.extract.capture import Capture, find_non_finite, pad_batch
 from stages.extract.self_check import check_batching, check_head
 from stages.extract.settings import TargetSection
 from stages.extract.target import TargetError, TargetParts, find_parts, load_target
-from tiny_target import NUM_LAYERS, save_tiny_target
+from tiny_target import NUM_LAYERS, SHAPE, save_tiny_target
 
 LAYERS = [-1, 0, 1, 2, 3]
-SHAPE: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-}
 
 
 def make_ids(lengths: list[int], *, vocab_size: int = 64) -> list[np.ndarray]:

@@ -1,13 +1,11 @@
 """The journal keeps every whole line through any tear, and what is published is a function of it."""
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from full_disk import limited_file_size
 from stages.regenerate import publish as publishing
 from stages.regenerate.dialogue import Outcome
 from stages.regenerate.journal import Journal
@@ -55,17 +53,6 @@ def make_manifest(**changes: object) -> RegenerationManifest:
         "chat_template_digest": "j",
     }
     return RegenerationManifest(identity=RegenerationIdentity(**{**fields, **changes}), provenance={})
-
-
-@contextmanager
-def disk_of(num_bytes: int) -> Iterator[None]:
-    """A limit on the size of a file stands for the disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 OUTCOMES = [make_outcome(row, text="zwölf\n\ud800" * row) for row in (4, 0, 2)] + [make_outcome(9, "dropped")]
@@ -195,11 +182,11 @@ def record(file: Path, rows: range) -> None:
 def test_a_full_disk_is_named_and_the_same_command_continues(tmp_path: Path) -> None:
     manifest = make_manifest()
     advice = r"cannot write: File too large; .*run the same command again: it continues"
-    with disk_of(100), pytest.raises(RegenerationError, match=rf"regeneration\.json: {advice}"):
+    with limited_file_size(100), pytest.raises(RegenerationError, match=rf"regeneration\.json: {advice}"):
         prepare_folder(tmp_path, manifest)
     prepare_folder(tmp_path, manifest)
     file = tmp_path / "work" / "outcomes.log"
-    with disk_of(1000), pytest.raises(RegenerationError, match=rf"outcomes\.log: {advice}"):
+    with limited_file_size(1000), pytest.raises(RegenerationError, match=rf"outcomes\.log: {advice}"):
         record(file, range(10))
     assert file.stat().st_size == 1000, "torn"
     with Journal(file) as journal:
@@ -207,7 +194,7 @@ def test_a_full_disk_is_named_and_the_same_command_continues(tmp_path: Path) -> 
     assert 0 < num_kept < 10
     record(file, range(num_kept, 10))
     with Journal(file) as journal:
-        with disk_of(500), pytest.raises(RegenerationError, match=rf"conversations-00000\.jsonl: {advice}"):
+        with limited_file_size(500), pytest.raises(RegenerationError, match=rf"conversations-00000\.jsonl: {advice}"):
             publish(tmp_path, journal.outcomes(), manifest=manifest)
         assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["outcomes.log", "regeneration.json", "work"]
         assert publish(tmp_path, journal.outcomes(), manifest=manifest).files.keys() == {"conversations-00000.jsonl"}

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import logging
 import os
-import resource
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from full_disk import limited_file_size
 from pipeline.cli import main
 from pipeline.config import to_toml
 from storage import (
@@ -73,16 +73,6 @@ def as_nobody() -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
-
-
-@contextlib.contextmanager
-def limited_file_size(num_bytes: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def check_resumed(path: Path, reference: Path) -> None:

@@ -2,9 +2,7 @@
 
 import json
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draft_reference import HIDDEN, MASK_ID, tiny_config, tiny_model, tiny_target_config
+from full_disk import limited_file_size
 from served_draft import SHARED, Block, ServerError, draft_block, load_served
 from stages.errors import SettingError
 from stages.train import Qwen3DSparkModel
@@ -254,22 +253,11 @@ def test_a_dtype_that_the_weights_do_not_fit(tmp_path: Path) -> None:
     assert export_weights(model, dtype=torch.bfloat16, with_target_weights=True)["fc.weight"].isfinite().all()
 
 
-@contextmanager
-def disk_of(num_bytes: int) -> Iterator[None]:
-    """A limit on the size of a file stands for the disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize("num_bytes", [0, 1000, 20_000])
 def test_a_full_disk_leaves_nothing(num_bytes: int, tmp_path: Path) -> None:
     model = tiny_model()
     assert sum(tensor.nbytes for tensor in model.state_dict().values()) > 20_000
-    with disk_of(num_bytes), pytest.raises(ExportError, match=r"out: cannot write: .*nothing of it is left"):
+    with limited_file_size(num_bytes), pytest.raises(ExportError, match=r"out: cannot write: .*nothing of it is left"):
         export(model, tmp_path / "out", form="dspark")
     assert os.listdir(tmp_path) == []
     export(model, tmp_path / "out", form="dspark")

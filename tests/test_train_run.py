@@ -2,12 +2,12 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from full_disk import limited_file_size
 from pipeline.config import Config, to_toml
 from pipeline.stage_one import settings_of
 from pipeline.stage_two import evaluate_draft, open_cache, train_draft
@@ -305,34 +306,27 @@ def test_a_cache_without_a_target_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_no_part(cached: Path, tmp_path: Path) -> None:
-    """A limit on the size of a file stands for the disk: the model's weights are the first file above it."""
+    """The model's weights are the first file above the limit."""
     config = make_config(cached, train__run_dir=tmp_path / "run", train__max_steps=6)
     original = Stepper.step
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def step(self: Stepper, *arguments: Any, **named: Any) -> Any:
-        if (config.train.run_dir / "checkpoints" / "step_00000003").exists():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
-        return original(self, *arguments, **named)
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as disk:
 
-    with pytest.MonkeyPatch.context() as patch:
+        def step(self: Stepper, *arguments: Any, **named: Any) -> Any:
+            if (config.train.run_dir / "checkpoints" / "step_00000003").exists():
+                disk.enter_context(limited_file_size(300_000))
+            return original(self, *arguments, **named)
+
         patch.setattr(Stepper, "step", step)
-        try:
-            with pytest.raises(CheckpointError, match=r"step_00000006: cannot write: .*; the checkpoints made before"):
-                train_draft(config)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with pytest.raises(CheckpointError, match=r"step_00000006: cannot write: .*; the checkpoints made before"):
+            train_draft(config)
     assert os.listdir(config.train.run_dir / "checkpoints") == ["step_00000003"]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match="draft: cannot write: "):
-            save_draft(
-                tmp_path / "draft",
-                draft_model=Qwen3DSparkModel.from_pretrained(config.train.run_dir / "checkpoints/step_00000003"),
-                dtype=torch.float32,
-            )
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with limited_file_size(300_000), pytest.raises(CheckpointError, match="draft: cannot write: "):
+        save_draft(
+            tmp_path / "draft",
+            draft_model=Qwen3DSparkModel.from_pretrained(config.train.run_dir / "checkpoints/step_00000003"),
+            dtype=torch.float32,
+        )
     assert not list(tmp_path.glob(".draft*"))
     assert train_draft(config).num_steps == 6
 

@@ -14,6 +14,16 @@ from stages.extract.target import TOKENIZER_FILES
 
 HIDDEN_SIZE = 32
 NUM_LAYERS = 4
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+"""Of any decoder that names its sizes as Llama does."""
 
 
 def save_tiny_target(
