@@ -37,8 +37,8 @@ train: setup ## Stage two: train a draft and evaluate it; extracts first what th
 evaluate: setup ## Measure the trained draft on held-out conversations.
 	$(BIN)/dspark evaluate $(CONFIG) $(ARGS)
 
-sweep: setup ## Train the trials of the config's [sweep] over one cache, or what is left of them.
-	$(BIN)/dspark sweep $(CONFIG) $(ARGS)
+sweep: setup ## Train the trials of the config's [sweep] over one cache, extracted first if it is missing, or what is left of them.
+	$(BIN)/dspark sweep --extract $(CONFIG) $(ARGS)
 
 RUNS ?= $(patsubst %/evaluation.json,%,$(wildcard runs/*/evaluation.json runs/*/*/evaluation.json))
 report: setup ## Compare the evaluated runs below runs/, or RUNS="a b": a table and report.html.

@@ -46,6 +46,11 @@ def _with_config(command: Callable[..., None]) -> Callable[..., None]:
     return click.argument("config", type=_PathOrAddress(path_type=Path), default=DEFAULT_CONFIG)(command)
 
 
+_may_extract = click.option(
+    "--extract/--no-extract", "extract_missing", default=False, help="First extract what the cache lacks."
+)
+
+
 class _Group(click.Group):
     """Turns the errors that a user or a disk causes into one message and exit status 1; bugs keep their traceback."""
 
@@ -233,7 +238,7 @@ def inspect(config: Path | str, overrides: tuple[str, ...], as_json: bool) -> No
 
 @main.command()
 @_with_config
-@click.option("--extract/--no-extract", "extract_missing", default=False, help="First extract what the cache lacks.")
+@_may_extract
 @click.option("--evaluate/--no-evaluate", "then_evaluate", default=True, help="Evaluate the draft at the end.")
 @click.option("--profile", "profiled", is_flag=True, help="Write a trace of a few steps to RUN/profile.")
 def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_evaluate: bool, profiled: bool) -> None:
@@ -244,8 +249,8 @@ def train(config: Path, overrides: tuple[str, ...], extract_missing: bool, then_
     from pipeline import stage_two
 
     settings = _load(config, overrides)
-    if extract_missing and not stage_two.is_imported(settings):
-        _extract(settings, share=Share.of_torchrun())
+    if extract_missing:
+        _extract_missing(settings)
     with _joined(settings) as ranks:
         if then_evaluate:
             ranks.on_first(lambda: stage_two.check_evaluation(settings))
@@ -272,7 +277,8 @@ def evaluate(config: Path, overrides: tuple[str, ...], draft: Path | None, decod
 
 @main.command()
 @_with_config
-def sweep(config: Path, overrides: tuple[str, ...]) -> None:
+@_may_extract
+def sweep(config: Path, overrides: tuple[str, ...], extract_missing: bool) -> None:
     """Train and evaluate the trials that [sweep] describes over one cache, and compare them; again: what is left.
 
     Several such commands share the trials. Under torchrun the ranks take every trial together.
@@ -280,6 +286,8 @@ def sweep(config: Path, overrides: tuple[str, ...]) -> None:
     from pipeline.sweep.command import sweep as run_sweep
 
     settings = _load(config, overrides)
+    if extract_missing:
+        _extract_missing(settings)
     with _joined(settings) as ranks:
         run_sweep(settings, ranks=ranks, console=console)
 
@@ -334,6 +342,14 @@ def _extract(settings: Config, *, share: Share = ALONE) -> None:
         settings, show_price=lambda price, counts: show.price(console, price, counts), share=share
     )
     show.extraction(console, result)
+
+
+def _extract_missing(settings: Config) -> None:
+    """What a training needs of a cache that is not another project's; the ranks of torchrun share the work."""
+    from pipeline import stage_two
+
+    if not stage_two.is_imported(settings):
+        _extract(settings, share=Share.of_torchrun())
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from stages.regenerate.settings import RegenerateSection
 from stages.section import Section
 from stages.train.settings import DraftSection, ObjectiveSection, TrainSection
 
+REQUIRED = ("target", "data", "cache")
+
 
 class ConfigError(ValueError):
     """The config cannot be used; the message names file, key, what was expected and what it got."""
@@ -90,6 +92,8 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
 
 def _describe(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
+    if location[:2] == ["sweep", "parameters"]:
+        del location[3:4]  # which form of values was taken for meant
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
@@ -97,9 +101,11 @@ def _describe(problem: Any) -> str:
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
         return f"unknown key {key}{hint}"
     if problem["type"] == "missing":
-        return f"{key} is required (three lines are enough: target.model, data.files, cache.path)"
+        enough = " (three lines are enough: target.model, data.files, cache.path)" if location[0] in REQUIRED else ""
+        return f"{key} is required{enough}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, got {problem['input']!r}"
+    given = problem["input"]
+    return f"{key}: {message}" + ("" if isinstance(given, dict) else f", got {given!r}")
 
 
 def _known_keys(location: list[str]) -> list[str]:

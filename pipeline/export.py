@@ -1,14 +1,17 @@
 """`dspark export`: a draft or checkpoint read back, and written as servers load it, with a model card."""
 
+import logging
 from pathlib import Path
 
 import torch
 
-from pipeline.model_card import ExportedDraft, render_card
+from pipeline.model_card import ExportedDraft, is_hub_id, render_card
 from pipeline.run_facts import RunFacts, read_run_facts
 from stages.errors import SettingError
+from stages.evaluate.calibration import CALIBRATION_FILE
 from stages.train.draft_folder import read_draft
 from stages.train.export import (
+    CARD_FILE,
     ExportError,
     Form,
     ServedTarget,
@@ -17,6 +20,8 @@ from stages.train.export import (
     speculators_fields,
     write_export,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def export_draft(
@@ -28,7 +33,7 @@ def export_draft(
     with_target_weights: bool = True,
     target: str | None = None,
 ) -> None:
-    """Write the draft in `checkpoint` to the new folder `out`, whole or not at all.
+    """Write the draft in `checkpoint` to the new folder `out`, whole or not at all, with its card and calibration.
 
     `target` is what servers load as the target: a hub id or a path; without it, `target.model` of the run's config.
     Raises SettingError for a folder without a draft, ExportError for a form that cannot express it and for the disk.
@@ -47,6 +52,13 @@ def export_draft(
             "folder; add --target with the hub id or path that servers load"
         )
     else:
+        if target is None and not is_hub_id(served.name):
+            logger.warning(
+                "%s: config.json names the target as %s, which servers elsewhere do not have; name it with --target as "
+                "they load it",
+                out,
+                served.name,
+            )
         fields = speculators_fields(model.config, target=served, dtype=torch_dtype)
     weights = export_weights(model, dtype=torch_dtype, with_target_weights=with_target_weights)
     exported = ExportedDraft(
@@ -57,7 +69,10 @@ def export_draft(
         target=served,
         name=out.name,
     )
-    write_export(out, fields=fields, weights=weights, card=render_card(exported, facts))
+    texts = {CARD_FILE: render_card(exported, facts)}
+    if facts.calibration is not None:
+        texts[CALIBRATION_FILE] = facts.calibration.model_dump_json(indent=2) + "\n"
+    write_export(out, fields=fields, weights=weights, texts=texts)
 
 
 def _served_target(facts: RunFacts, *, name: str | None) -> ServedTarget | None:

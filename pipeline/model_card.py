@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 from transformers import Qwen3Config
 
 from pipeline.run_facts import HeldOut, RunFacts
+from stages.evaluate.calibration import CALIBRATION_FILE, Calibration
 from stages.train.export import SPECULATORS_VERSION, Form, ServedTarget
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -48,7 +49,7 @@ def render_card(draft: ExportedDraft, facts: RunFacts) -> str:
         _section("Target", _table(_target_rows(draft, facts))),
         _section("Draft", _table(_draft_rows(draft))),
         _section("Training", _table(_training_rows(facts)) if facts.config else "Not known: exported without its run."),
-        _section("Acceptance", _acceptance(facts.held_out)),
+        _section("Acceptance", _acceptance(facts.held_out, facts.calibration)),
         _section("Serving", _serving(draft)),
         _section(
             "Licence",
@@ -191,20 +192,30 @@ def _training_rows(facts: RunFacts) -> list[tuple[str, object]]:
     return rows
 
 
-def _acceptance(held_out: HeldOut | None) -> str:
+def _acceptance(held_out: HeldOut | None, calibration: Calibration | None) -> str:
     if held_out is None:
         return "Not measured, or not known to be of these weights."
-    rates = " ".join(f"{rate:.3f}" for rate in held_out.accept_rate_per_pos)
-    return (
-        _table(
-            [
-                ("tau", f"{held_out.tau:.3f} (95 % interval {held_out.tau_low:.3f} to {held_out.tau_high:.3f})"),
-                ("acceptance by slot", rates),
-            ]
-        )
-        + "\n\ntau is the expected number of tokens of a verify round, the bonus token included. Measured on held-out "
+    rows = [
+        ("tau", f"{held_out.tau:.3f} (95 % interval {held_out.tau_low:.3f} to {held_out.tau_high:.3f})"),
+        ("acceptance by slot", " ".join(f"{rate:.3f}" for rate in held_out.accept_rate_per_pos)),
+        ("measured on", f"{held_out.num_samples:,} conversations, {held_out.num_blocks:,} blocks"),
+    ]
+    text = (
+        "tau is the expected number of tokens of a verify round, the bonus token included. Measured on held-out "
         "conversations from the cached states, with the tokens before each slot given; not by a server."
     )
+    if calibration is not None:
+        rows.append(
+            (
+                "calibration error of the confidence",
+                f"{calibration.before.ece:.3f}, calibrated {calibration.after.ece:.3f}",
+            )
+        )
+        text += (
+            f" `{CALIBRATION_FILE}` has a temperature for each slot: the calibrated confidence of slot k is "
+            "sigmoid(logit / `temperatures[k]`). No server is known to read it."
+        )
+    return f"{_table(rows)}\n\n{text}"
 
 
 def _serving(draft: ExportedDraft) -> str:
@@ -215,6 +226,7 @@ def _serving(draft: ExportedDraft) -> str:
     parts = [
         "None of these commands was run by whoever exported this draft; flags are those of the servers' own pages. The "
         f"layout was taken from {LAYOUT_SOURCES[draft.form]}.",
+        *([] if is_hub_id(target) else [f"* `{target}` stands for the target's folder or hub id, which is not known."]),
         *(f"* {note}" for note in serving_notes(draft.config)),
         "vLLM"
         if draft.form == "dspark"

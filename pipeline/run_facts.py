@@ -13,6 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.config import Config, ConfigError, load_config
+from stages.evaluate.calibration import CALIBRATION_FILE, Calibration, read_calibration
+from stages.evaluate.records import EvaluationError
 from stages.extract.run import read_plan
 from stages.train.checkpoint import STATE_FILE, StateRecord
 from storage import CacheError
@@ -30,6 +32,8 @@ class HeldOut(BaseModel):
     tau_low: float
     tau_high: float
     accept_rate_per_pos: list[float]
+    num_samples: int
+    num_blocks: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,7 @@ class RunFacts:
     manifest: Manifest | None = None
     target_architectures: tuple[str, ...] = ()
     held_out: HeldOut | None = None
+    calibration: Calibration | None = None
 
 
 def read_run_facts(draft: Path) -> RunFacts:
@@ -49,7 +54,7 @@ def read_run_facts(draft: Path) -> RunFacts:
     draft = draft.resolve()
     run = _run_folder(draft)
     if run is None:
-        return RunFacts(held_out=_read_held_out(draft))
+        return RunFacts(held_out=_read_held_out(draft), calibration=_read_calibration(draft))
     config = _read_config(run)
     state = _read_state(_step_folder(draft, run))
     digest = None if state is None else state.made_from.get("cache.identity")
@@ -61,6 +66,7 @@ def read_run_facts(draft: Path) -> RunFacts:
         manifest=manifest,
         target_architectures=() if config is None or manifest is None else _read_architectures(config.cache.folder),
         held_out=_read_held_out(draft) or (_read_held_out(run) if _is_final(draft, run) else None),
+        calibration=_read_calibration(run / "draft" if _is_final(draft, run) else draft),
     )
 
 
@@ -135,6 +141,16 @@ def _read_held_out(folder: Path) -> HeldOut | None:
         return HeldOut.model_validate(fields)
     except ValidationError as error:
         logger.warning("the model card says nothing of %s/evaluation.json: %s", folder, error)
+        return None
+
+
+def _read_calibration(draft: Path) -> Calibration | None:
+    if not (draft / CALIBRATION_FILE).is_file():
+        return None
+    try:
+        return read_calibration(draft)
+    except EvaluationError as error:
+        logger.warning("the export goes without the calibration of the confidence: %s", error)
         return None
 
 

@@ -75,6 +75,24 @@ def test_wrong_values_are_named(tmp_path: Path, change: str, message: str) -> No
         load_config(write(tmp_path, THREE_LINES), [change])
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('"train.lr" = { low = 1.0, high = 0.1 }', "sweep.parameters.train.lr: low must be below high"),
+        ('"train.lr" = { lo = 0.1, high = 1.0 }', "sweep.parameters.train.lr.low is required"),
+        ('"train.lr" = 3', "sweep.parameters.train.lr: Input should be an object, got 3"),
+        (
+            '"train.lr" = { low = 0.1, high = 1.0 }',
+            'sweep: train.lr: a grid needs lists; write sampler = "random" or "tpe" for ranges',
+        ),
+    ],
+)
+def test_a_wrong_sweep_is_told_by_its_own_keys(tmp_path: Path, lines: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, f"{THREE_LINES}[sweep.parameters]\n{lines}\n"))
+    assert str(error.value).splitlines()[0].split(": ", 1)[1] == message
+
+
 def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path, '[target]\nmodle = "a/b"\n[data]\nfiles = ["a"]\n'))

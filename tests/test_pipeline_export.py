@@ -58,7 +58,8 @@ def test_the_card_says_what_the_run_knows(base: Path, run: Path, tmp_path: Path)
         f"| data digest | {identity['data_digest']} |",
         "| optimizer steps | 3 |",
         "| states | bf16, from a target in bfloat16, at most 1,024 tokens |",
-        "conversations, ", " tokens |",
+        "conversations, ", " tokens |", f"| measured on | {numbers['num_samples']} conversations, ",
+        "* `target` stands for the target's folder or hub id",
         f"| tau | {numbers['tau']:.3f} (95 % interval {numbers['tau_low']:.3f} to {numbers['tau_high']:.3f}) |",
         "| acceptance by slot | " + " ".join(f"{rate:.3f}" for rate in numbers["accept_rate_per_pos"]),
         "| target layers | -1, 1, 3 (k:", "| mask token id | 4080 |", "| block size | 4 |",
@@ -71,6 +72,28 @@ def test_the_card_says_what_the_run_knows(base: Path, run: Path, tmp_path: Path)
     assert str(base) not in card, "a path of this machine"
     assert str(tmp_path) not in card
     load_served(tmp_path / "out")
+
+
+def test_the_calibration_travels_with_the_weights_it_is_of(run: Path, tmp_path: Path) -> None:
+    file = run / "draft" / "calibration.json"
+    given = json.loads(file.read_text())
+    for checkpoint, is_of_it in (
+        ("draft", True),
+        ("checkpoints/step_00000003", True),
+        ("checkpoints/step_00000002", False),
+    ):
+        out = tmp_path / Path(checkpoint).name
+        assert dspark("export", run / checkpoint, out).exit_code == 0
+        assert (out / "calibration.json").exists() == is_of_it
+        assert ("`calibration.json` has a temperature" in card_of(out)[1]) == is_of_it
+    assert json.loads((tmp_path / "draft" / "calibration.json").read_text()) == given
+    shown = f"{given['before']['ece']:.3f}, calibrated {given['after']['ece']:.3f}"
+    assert f"| calibration error of the confidence | {shown} |" in card_of(tmp_path / "draft")[1]
+    file.write_text("{")
+    result = dspark("export", run / "draft", tmp_path / "broken")
+    assert result.exit_code == 0
+    assert "goes without the calibration" in result.output
+    assert not (tmp_path / "broken" / "calibration.json").exists()
 
 
 def test_the_speculators_form(base: Path, run: Path, tmp_path: Path) -> None:
@@ -89,7 +112,10 @@ def test_the_speculators_form(base: Path, run: Path, tmp_path: Path) -> None:
     assert "vllm serve Some-Org/Big-Model" in card
     assert "left out" in card
     assert "speculators 0.9.0" in card
-    assert dspark("export", run / "draft", tmp_path / "own", *arguments).exit_code == 0
+    assert "stands for the target's folder" not in card
+    result = dspark("export", run / "draft", tmp_path / "own", *arguments)
+    assert result.exit_code == 0
+    assert f"config.json names the target as {base / 'target'}, which servers elsewhere do not have" in result.output
     own = json.loads((tmp_path / "own" / "config.json").read_text())
     assert own["speculators_config"]["verifier"]["name_or_path"] == str(base / "target")
     assert "base_model" not in card_of(tmp_path / "own")[0]

@@ -18,10 +18,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.cli import main
-from pipeline.report.compare import Comparison, compare_runs, headline, paired_difference
+from pipeline.report.compare import Comparison, compare_runs, headline
 from pipeline.report.figures import COLOURS, draw_plots, plan_styles
+from pipeline.report.pairing import Difference, paired_difference
+from pipeline.report.recipes import describe_recipes
 from pipeline.report.runs import Run, common_folder, differing_keys, find_runs, read_runs
-from pipeline.report.words import Difference, readable
+from pipeline.report.words import readable
 from pipeline.sweep.record import write_trial
 from stages.errors import SettingError
 from stages.evaluate.calibration import Origin
@@ -129,7 +131,7 @@ def read(*folders: Path) -> Comparison:
 
 def test_a_paired_difference_equals_a_plain_bootstrap() -> None:
     one, other = evaluate(gain=0.1), evaluate(gain=0.08, seed=3)
-    found = paired_difference(one, other)
+    found = paired_difference([one], [other])
     assert found is not None
     pairs = [(s.num_blocks, s.tau - o.tau) for s, o in zip(one.samples, other.samples, strict=True)]
     assert len(pairs) == 30
@@ -140,7 +142,7 @@ def test_a_paired_difference_equals_a_plain_bootstrap() -> None:
         means.append(sum(n * d for n, d in drawn) / sum(n for n, _ in drawn))
     low, high = np.quantile(means, [0.025, 0.975])
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.03)
-    back = paired_difference(other, one)
+    back = paired_difference([other], [one])
     assert back is not None
     assert (back.mean, back.low, back.high) == pytest.approx((-found.mean, -found.high, -found.low))
 
@@ -163,6 +165,87 @@ def test_pairing_sees_what_the_intervals_of_each_do_not(tmp_path: Path) -> None:
     )
 
 
+def make_recipes(folder: Path, *gains: tuple[float, ...], num_samples: int = 30) -> list[Path]:
+    """A recipe for each tuple, its lr the number of it, with a seed for each gain."""
+    return [
+        make_run(
+            folder / f"seed={seed},lr={lr}",
+            evaluate(gain=gain, num_samples=num_samples),
+            config={"lr": float(lr), "seed": seed},
+        )
+        for lr, of_seeds in enumerate(gains, start=1)
+        for seed, gain in enumerate(of_seeds)
+    ]
+
+
+def test_recipes_are_compared_by_the_mean_over_their_seeds(tmp_path: Path) -> None:
+    """The best run is of the worse recipe here: one lucky seed does not make a recipe."""
+    comparison = read(*make_recipes(tmp_path, (0.06, 0.05, 0.07), (0.09, 0.00, 0.01)))
+    assert comparison.best is not None
+    assert comparison.best.name == "seed=0,lr=2"
+    first, second = comparison.recipes
+    assert [run.name for run in first.runs] == ["seed=0,lr=1", "seed=1,lr=1", "seed=2,lr=1"]
+    assert first.name == "lr 1"
+    assert first.tau == pytest.approx(np.mean([run.tau for run in first.runs]))
+    assert first.difference is None
+    assert second.difference is not None
+    assert second.difference.mean == pytest.approx(first.tau - second.tau)
+    assert second.difference.is_clear
+    text = describe_recipes(comparison.recipes)
+    assert text is not None
+    assert re.fullmatch(
+        r"Over seeds the best recipe is lr 1: mean tau [\d.]+ \(3 runs, [\d.]+ to [\d.]+\)\. Next is lr 2: .* behind "
+        r"\(paired difference 0\.0.*\), which is beyond the luck of these conversations, and their seeds overlap\.",
+        text,
+    )
+
+
+def test_the_interval_of_recipes_is_that_of_the_mean_over_seeds_of_each_conversation(tmp_path: Path) -> None:
+    comparison = read(*make_recipes(tmp_path, (0.06, 0.08), (0.0, 0.01)))
+    one, other = ([run.evaluation for run in recipe.runs if run.evaluation] for recipe in comparison.recipes)
+    gains = [
+        (samples[0].num_blocks, sum(s.tau for s in samples[:2]) / 2 - sum(s.tau for s in samples[2:]) / 2)
+        for samples in zip(*(found.samples for found in (*one, *other)), strict=True)
+    ]
+    rng, means = np.random.default_rng(5), []
+    for _ in range(2000):
+        drawn = [gains[index] for index in rng.integers(len(gains), size=len(gains))]
+        means.append(sum(n * d for n, d in drawn) / sum(n for n, _ in drawn))
+    found = comparison.recipes[1].difference
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.005)
+
+
+def test_recipes_are_shown_in_the_terminal_and_on_the_page(tmp_path: Path) -> None:
+    folders = make_recipes(tmp_path, (0.06, 0.05), (0.0, 0.02), (0.01,))
+    ended = report(*folders)
+    assert "recipes over their seeds" in ended.output
+    assert "Over seeds the best recipe is lr 1" in " ".join(ended.output.split())
+    assert "only more seeds tell" not in ended.output
+    page = Page(tmp_path / "report.html")
+    start = next(place for place, row in enumerate(page.rows) if "mean tau" in row)
+    recipes = page.rows[start + 1 : start + 4]
+    assert [row[0] for row in recipes] == ["1", "2", "3"]
+    assert recipes[0][2] == ""
+    assert len(recipes[0][3].split()) == 2
+    assert len(recipes[2][3].split()) == 1
+
+
+@pytest.mark.parametrize("gains", [[(0.05,), (0.0,)], [(0.05, 0.06)]], ids=["one seed each", "one recipe"])
+def test_there_are_no_recipes_where_seeds_or_recipes_are_single(tmp_path: Path, gains: list[tuple[float, ...]]) -> None:
+    comparison = read(*make_recipes(tmp_path, *gains))
+    assert comparison.recipes == ()
+    assert describe_recipes(comparison.recipes) is None
+
+
+def test_recipes_of_few_conversations_have_no_difference(tmp_path: Path) -> None:
+    comparison = read(*make_recipes(tmp_path, (0.05, 0.06), (0.0, 0.01), num_samples=4))
+    assert [recipe.difference for recipe in comparison.recipes] == [None, None]
+    text = describe_recipes(comparison.recipes)
+    assert text is not None
+    assert "behind" not in text
+
+
 def test_runs_measured_on_other_blocks_are_not_compared(tmp_path: Path) -> None:
     elsewhere = Origin(cache_digest="1" * 64, num_anchors=4, seed=0)
     folders = [
@@ -179,7 +262,7 @@ def test_a_run_measured_on_fewer_conversations_is_not_held_against_the_others(tm
     lucky = evaluate(gain=0.15, num_samples=1)
     good, fair = evaluate(gain=0.1), evaluate(gain=0.0)
     assert lucky.tau > good.tau
-    assert paired_difference(lucky, good) is None
+    assert paired_difference([lucky], [good]) is None
     folders = [make_run(tmp_path / name, found) for name, found in (("weak", lucky), ("good", good), ("fair", fair))]
     comparison = read(*folders)
     assert comparison.choice is None

@@ -51,7 +51,7 @@ def export(
         fields = dspark_fields(model.config, dtype=dtype)
     else:
         fields = speculators_fields(model.config, target=TARGET, dtype=dtype)
-    write_export(out, fields=fields, weights=weights, card="a card\n")
+    write_export(out, fields=fields, weights=weights, texts={"README.md": "a card\n"})
     return out
 
 

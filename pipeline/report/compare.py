@@ -1,26 +1,18 @@
 """Which run is the best, and by how much: paired differences between runs that were measured on the same blocks.
 
 Intervals say how far the held-out conversations decide the matter. Another training seed would move tau too, which they
-do not say, and the best of many runs is a little lucky: they are not corrected for that.
+do not say; where there are several seeds, recipes.py does. The best of many runs is a little lucky: intervals are not
+corrected for that.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from pipeline.report.pairing import MIN_SAMPLES, Difference, Measured, measured_on, paired_difference
+from pipeline.report.recipes import Recipe, plan_recipes
 from pipeline.report.runs import Run
-from pipeline.report.words import Difference, join_names
-from stages.evaluate.bootstrap import estimate_ratio
-from stages.evaluate.calibration import Origin
+from pipeline.report.words import join_names
 from stages.evaluate.evaluation import Evaluation
-
-# Assumption: below it, the bootstrap has so few conversations to draw from that its intervals are far too narrow; those
-# of one have no width.
-MIN_SAMPLES = 5
-
-Measured = tuple[Origin, tuple[tuple[int, int], ...]]
-"""What a run was measured on: whence its blocks are, and each sample's id and number of blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +24,8 @@ class Comparison:
     groups: tuple[tuple[Run, ...], ...]
     """Evaluated runs by what they were measured on; the best run is the first of the first group."""
     differences: dict[str, Difference]
+    recipes: tuple[Recipe, ...] = ()
+    """What was trained with several seeds, over them; of the first group."""
 
     @property
     def best(self) -> Run | None:
@@ -72,32 +66,15 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
             groups.setdefault(measured_on(run.evaluation), []).append((run, run.evaluation))
     differences = {}
     for (_, best), *others in list(groups.values())[:1]:
-        found = {str(run.folder): paired_difference(best, evaluation) for run, evaluation in others}
+        found = {str(run.folder): paired_difference([best], [evaluation]) for run, evaluation in others}
         differences = {folder: difference for folder, difference in found.items() if difference is not None}
+    evaluated = tuple(tuple(run for run, _ in group) for group in groups.values())
     return Comparison(
         runs=tuple(ordered),
-        groups=tuple(tuple(run for run, _ in group) for group in groups.values()),
+        groups=evaluated,
         differences=differences,
+        recipes=plan_recipes(evaluated[0]) if evaluated else (),
     )
-
-
-def measured_on(evaluation: Evaluation) -> Measured:
-    """Equal where two runs were scored on the same blocks of the same conversations."""
-    return evaluation.origin, tuple((sample.sample_id, sample.num_blocks) for sample in evaluation.samples)
-
-
-def paired_difference(one: Evaluation, other: Evaluation) -> Difference | None:
-    """tau of `one` minus tau of `other`, resampling conversations.
-
-    None where they were scored on other blocks, whose taus say nothing of each other, or on fewer than MIN_SAMPLES.
-    """
-    if measured_on(one) != measured_on(other) or len(one.samples) < MIN_SAMPLES:
-        return None
-    pairs = list(zip(one.samples, other.samples, strict=True))
-    blocks = np.array([first.num_blocks for first, _ in pairs])
-    gains = np.array([first.tau - second.tau for first, second in pairs]) * blocks
-    found = estimate_ratio(gains, blocks)
-    return Difference(mean=found.value, low=found.low, high=found.high)
 
 
 def headline(comparison: Comparison) -> str:
@@ -109,10 +86,10 @@ def headline(comparison: Comparison) -> str:
         return f"{best.name} has {_describe_tau(best)}; nothing to compare it with, since {_why_alone(comparison)}."
     if not comparison.ties:
         ahead = comparison.differences[str(others[0].folder)]
+        seeds = "" if comparison.recipes else "; how far a training seed moves it, only more seeds tell"
         return (
             f"Ship {best.name}: {_describe_tau(best)}, {ahead.mean:.3f} above the next, {others[0].name} (paired "
-            f"difference {ahead.low:.3f} to {ahead.high:.3f}), which is beyond the luck of these conversations; how "
-            "far a training seed moves it, only more seeds tell."
+            f"difference {ahead.low:.3f} to {ahead.high:.3f}), which is beyond the luck of these conversations{seeds}."
         )
     if choice is best:
         names = join_names([run.name for run in comparison.ties])

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from pipeline.report.compare import Comparison, describe_groups, headline
 from pipeline.report.figures import Plot, draw_plots
+from pipeline.report.recipes import Recipe, describe_recipes
 from pipeline.report.runs import Run, differing_keys
 from pipeline.report.words import describe_seconds, format_difference, format_value, readable
 from pipeline.show import format_bytes
@@ -48,6 +49,9 @@ def render_page(comparison: Comparison, plots: list[Plot]) -> str:
     return environment.get_template(TEMPLATE).render(
         headline=headline(comparison),
         groups=describe_groups(comparison),
+        over_seeds=describe_recipes(comparison.recipes),
+        recipe_keys=list(comparison.recipes[0].values) if comparison.recipes else [],
+        recipes=[_recipe(recipe) for recipe in comparison.recipes],
         keys=keys,
         rows=[_row(run, comparison, keys) for run in comparison.runs],
         plots=[_describe_plot(plot) for plot in plots],
@@ -84,6 +88,19 @@ def _row(run: Run, comparison: Comparison, keys: list[str]) -> dict[str, Any]:
             "samples": f"{found.num_samples:,}",
         }
     return row
+
+
+def _recipe(recipe: Recipe) -> dict[str, Any]:
+    difference = recipe.difference
+    size = recipe.runs[0].num_parameters
+    return {
+        "values": [format_value(value) for value in recipe.values.values()],
+        "tau": f"{recipe.tau:.3f}",
+        "taus": "  ".join(f"{tau:.3f}" for tau in recipe.taus),
+        "behind": format_difference(difference),
+        "is_tied": difference is not None and not difference.is_clear,
+        "parameters": "" if size is None else f"{size:,}",
+    }
 
 
 def _cost(run: Run) -> dict[str, str]:

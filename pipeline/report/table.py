@@ -1,21 +1,37 @@
 """The comparison as the terminal shows it."""
 
+import re
+
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.report.compare import Comparison, describe_groups, headline
+from pipeline.report.recipes import Recipe, describe_recipes
 from pipeline.report.runs import differing_keys
 from pipeline.report.words import format_difference, format_value
 
+NAME_WIDTH = 32  # characters; with the two columns before it, a line of 88
+
 
 def print_table(comparison: Comparison, *, console: Console) -> None:
-    """Runs with the best tau first, and the sentence that says what to make of them."""
-    table = Table("tau (95 % interval)", "against the best", title="held-out acceptance")
+    """Runs with the best tau first, recipes over their seeds, and the sentences that say what to make of them."""
+    console.print(_runs(comparison))
+    if comparison.recipes:
+        console.print(_recipes(comparison.recipes))
+    console.print(headline(comparison), markup=False, style="bold")
+    for text in (describe_recipes(comparison.recipes), describe_groups(comparison)):
+        if text is not None:
+            console.print(text, markup=False)
+
+
+def _runs(comparison: Comparison) -> Table:
+    table = Table("tau (95 % interval)", "against the best", title="held-out acceptance", box=SIMPLE_HEAD)
     table.add_column("run", overflow="fold")
     keys = differing_keys(comparison.runs)
     for run in comparison.runs:
-        found, name = run.evaluation, Text(run.name)
+        found, name = run.evaluation, Text(_break_name(run.name))
         if not run.trial and keys:  # a trial's folder is named after its values
             values = (f"{key.partition('.')[2]} {format_value(run.config.get(key))}" for key in keys)
             name.append(f"\n{', '.join(values)}", style="dim")
@@ -28,8 +44,23 @@ def print_table(comparison: Comparison, *, console: Console) -> None:
             format_difference(comparison.difference(run)),
             name,
         )
-    console.print(table)
-    console.print(headline(comparison), markup=False, style="bold")
-    groups = describe_groups(comparison)
-    if groups is not None:
-        console.print(groups, markup=False)
+    return table
+
+
+def _recipes(recipes: tuple[Recipe, ...]) -> Table:
+    table = Table("mean tau (seeds)", "against the best", title="recipes over their seeds", box=SIMPLE_HEAD)
+    table.add_column("recipe")
+    for recipe in recipes:
+        seeds = f"{min(recipe.taus):.3f} to {max(recipe.taus):.3f}" if len(recipe.runs) > 1 else "one run"
+        table.add_row(f"{recipe.tau:.3f} ({seeds})", format_difference(recipe.difference), Text(recipe.name))
+    return table
+
+
+def _break_name(name: str) -> str:
+    """The name in lines of up to NAME_WIDTH characters where its commas and slashes allow it."""
+    lines = [""]
+    for part in re.split(r"(?<=[,/])", name):
+        if lines[-1] and len(lines[-1] + part) > NAME_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)

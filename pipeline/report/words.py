@@ -1,22 +1,9 @@
 """Numbers of a report in words, the same on the page and in the terminal."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """tau of the best run minus that of another, over the blocks that both have; `low`, `high`: 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the best is ahead beyond chance: the whole interval is in its favour."""
-        return self.low > 0
+from pipeline.report.pairing import Difference
 
 
 def format_difference(difference: Difference | None) -> str:

@@ -145,7 +145,8 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        return str(self.client.base_url)
+        """The address, for messages."""
+        return _without_login(str(self.client.base_url))
 
 
 def run_endpoint(endpoint: Endpoint, prompts: Iterable[Prompt], work: Work) -> None:
@@ -208,13 +209,18 @@ class _FailureWatch:
 def open_client(url: str, *, section: RegenerateSection) -> AsyncOpenAI:
     """A client with key and proxies of the environment. Raises SettingError for what is no address, key or proxy."""
     if not _is_address(url, schemes=("http", "https")):
-        raise SettingError(f"--endpoint: expected an address such as http://host:8000/v1, got {url!r}")
+        raise SettingError(f"--endpoint: expected an address such as http://host:8000/v1, got {_without_login(url)!r}")
     _check_proxies(getproxies())
     key = parse_key(os.environ.get("OPENAI_API_KEY", ""))
     try:
         return AsyncOpenAI(base_url=url, api_key=key, timeout=section.timeout_seconds, max_retries=section.max_retries)
     except Exception as error:  # an address or a file of certificates; the errors have no common base
-        raise SettingError(f"--endpoint {url}: cannot be asked: {error}; see to the address") from error
+        raise SettingError(f"--endpoint {_without_login(url)}: cannot be asked: {error}; see to the address") from error
+
+
+def _without_login(url: str) -> str:
+    """The address without the user and password before its host."""
+    return re.sub(r"//[^/]*@", "//", url)
 
 
 def _is_address(text: str, *, schemes: tuple[str, ...]) -> bool:

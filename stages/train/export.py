@@ -12,6 +12,7 @@ that its id is k + 1.
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -124,8 +125,13 @@ def export_weights(
     return weights
 
 
-def write_export(out: Path, *, fields: dict[str, Any], weights: dict[str, torch.Tensor], card: str) -> None:
-    """Write the folder `out` whole or not at all. Raises ExportError, also where there is something already."""
+def write_export(
+    out: Path, *, fields: dict[str, Any], weights: dict[str, torch.Tensor], texts: Mapping[str, str]
+) -> None:
+    """Write the folder `out` whole or not at all, with the files `texts` (name to content) beside the draft.
+
+    Raises ExportError, also where there is something already.
+    """
     if out.exists() or out.is_symlink():
         raise ExportError(f"{out}: exists already; name a new folder")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -134,7 +140,8 @@ def write_export(out: Path, *, fields: dict[str, Any], weights: dict[str, torch.
         with publishing(partial, out):
             save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
             (partial / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            (partial / CARD_FILE).write_text(card, encoding="utf-8")
+            for name, text in texts.items():
+                (partial / name).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ExportError(
             f"{out}: cannot write: {error}; nothing of it is left. Free some space, or name another folder"
