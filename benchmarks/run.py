@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-NAMES = ("encodings", "extraction", "growth", "opening", "packing", "reading", "step", "training")
+NAMES = ("encodings", "extraction", "growth", "opening", "packing", "reading", "step", "sweep", "training")
 
 
 def main() -> None:

@@ -151,7 +151,8 @@ def verify_report(console: Console, report: VerifyReport) -> None:
     """The problems, or that there are none."""
     for problem in report.problems:
         console.print(printable(str(problem)), markup=False, style="red")
-    verdict = "whole" if report.ok else f"{len(report.problems)} problems, {len(report.missing_shards)} shards missing"
+    problems, missing = count_of(len(report.problems), "problem"), count_of(len(report.missing_shards), "shard")
+    verdict = "whole" if report.ok else f"{problems}, {missing} missing"
     checked = f"{format_bytes(report.num_checked_bytes)} checked in {report.seconds:,.1f} s"
     console.print(f"{report.num_shards} shards, {checked}: {verdict}", markup=False)
 
@@ -304,6 +305,11 @@ def _table(title: str) -> Table:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     return table
+
+
+def count_of(number: int, noun: str) -> str:
+    """As `1 shard`, `2 shards`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def format_bytes(count: int) -> str:

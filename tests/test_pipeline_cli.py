@@ -22,6 +22,7 @@ from tiny_target import make_config, save_tiny_target
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").iterdir())]
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +178,8 @@ def test_a_target_that_no_draft_fits_is_refused_before_extraction(tmp_path: Path
 
 
 def readme_commands() -> list[str]:
-    blocks = re.findall(r"```console\n(.*?)```", README, flags=re.DOTALL)
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    blocks = re.findall(r"```console\n(.*?)```", pages, flags=re.DOTALL)
     return [
         line.removeprefix("$ ").split("  #")[0].strip()
         for block in blocks
@@ -219,6 +221,21 @@ def test_the_readme_names_every_config_section_and_file() -> None:
         for file in (ROOT / package).rglob("*.py"):
             if file.name != "__init__.py":
                 assert re.search(rf"\b{re.escape(file.name)}\b", README), f"{file} is not in the README's file tree"
+
+
+def test_links_lead_somewhere() -> None:
+    """Files, and headings of the pages themselves."""
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            name, _, heading = link.partition("#")
+            if name.startswith("https:"):
+                continue
+            file = page.parent / name if name else page
+            assert file.exists(), f"{page.name}: {link}"
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE) if heading else []
+            assert not heading or heading in {title.lower().replace(" ", "-") for title in titles}, (
+                f"{page.name}: {link}"
+            )
 
 
 @pytest.mark.parametrize(("name", "hidden_size"), [("Qwen3-4B", 2560), ("Qwen3-8B", 4096), ("Qwen3-14B", 5120)])

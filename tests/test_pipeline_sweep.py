@@ -57,8 +57,8 @@ def write_sweep(cached: Path, tmp_path: Path, sweep: str, **changes: Any) -> Pat
     return file
 
 
-def run(file: Path, *, command: str = "sweep") -> Result:
-    return CliRunner().invoke(main, [command, str(file)], catch_exceptions=False)
+def run(file: Path, *options: str, command: str = "sweep") -> Result:
+    return CliRunner().invoke(main, [command, str(file), *options], catch_exceptions=False)
 
 
 def start(file: Path, output: Path) -> subprocess.Popen[bytes]:
@@ -112,6 +112,8 @@ def test_a_sweep_trains_evaluates_and_compares_once(cached: Path, tmp_path: Path
     folders = [tmp_path / "run" / f"markov_head_type={head}" for head in ("vanilla", "rnn")]
     assert all((folder / "evaluation.json").is_file() for folder in folders)
     assert "2 of 2 trials have ended: 2 complete" in first.output
+    assert f"page: {tmp_path / 'run' / 'report.html'}" in first.output
+    assert (tmp_path / "run" / "report.html").is_file()
     before = [read_metrics(folder) for folder in folders]
     second = run(file)
     assert second.exit_code == 0
@@ -122,8 +124,19 @@ def test_a_sweep_trains_evaluates_and_compares_once(cached: Path, tmp_path: Path
     out = tmp_path / "exported"
     exported = CliRunner().invoke(main, ["export", str(folders[1] / "checkpoints" / "step_00000004"), str(out)])
     assert exported.exit_code == 0
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    names = ["README.md", "calibration.json", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == names
     assert "exists already" in CliRunner().invoke(main, ["export", str(folders[1] / "draft"), str(out)]).output
+
+
+def test_a_sweep_extracts_what_its_cache_lacks(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, tmp_path, '[sweep.grid]\n"train.seed" = [0, 1]')
+    result = CliRunner().invoke(main, ["sweep", str(file)])
+    assert result.exit_code == 1
+    assert "run extract" in result.output
+    again = run(file, "--extract")
+    assert again.exit_code == 0, again.output
+    assert "2 of 2 trials have ended: 2 complete" in again.output
 
 
 def test_a_trial_says_what_it_was_made_from(cached: Path, tmp_path: Path) -> None:

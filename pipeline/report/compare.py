@@ -12,6 +12,7 @@ from pipeline.report.pairing import MIN_SAMPLES, Difference, Measured, measured_
 from pipeline.report.recipes import Recipe, plan_recipes
 from pipeline.report.runs import Run
 from pipeline.report.words import join_names
+from pipeline.show import count_of
 from stages.evaluate.evaluation import Evaluation
 
 
@@ -118,7 +119,7 @@ def _why_alone(comparison: Comparison) -> str:
     first = comparison.groups[0]
     if len(first) > 1 and first[0].evaluation is not None:
         count = len(first[0].evaluation.samples)
-        return f"{_count(count, 'conversation')} cannot tell runs apart (it takes {MIN_SAMPLES} at least)"
+        return f"{count_of(count, 'conversation')} cannot tell runs apart (it takes {MIN_SAMPLES} at least)"
     if len(comparison.groups) > 1:
         return "the others were measured on other blocks"
     return "there is no other evaluated run"
@@ -130,14 +131,11 @@ def _describe_blocks(run: Run) -> str:
         raise AssertionError("only evaluated runs are in groups")
     blocks = sum(sample.num_blocks for sample in found.samples)
     origin = found.origin
+    sizes = f"{count_of(len(found.samples), 'conversation')}, {count_of(blocks, 'block')}"
     return (
-        f"{_count(len(found.samples), 'conversation')}, {_count(blocks, 'block')}, cache {origin.cache_digest[:12]}, "
+        f"{sizes}, cache {origin.cache_digest[:12]}, "
         f"evaluate.num_anchors {origin.num_anchors}, evaluate.seed {origin.seed}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _describe_tau(run: Run) -> str:

@@ -12,12 +12,13 @@ from pipeline.report.recipes import Recipe, describe_recipes
 from pipeline.report.runs import differing_keys
 from pipeline.report.words import format_difference, format_value
 
-NAME_WIDTH = 32  # characters; with the two columns before it, a line of 88
+NUMBER_WIDTH = 57  # characters that the columns before the names take, spaces between them too
+MIN_NAME_WIDTH = 20
 
 
 def print_table(comparison: Comparison, *, console: Console) -> None:
     """Runs with the best tau first, recipes over their seeds, and the sentences that say what to make of them."""
-    console.print(_runs(comparison))
+    console.print(_runs(comparison, name_width=max(console.width - NUMBER_WIDTH, MIN_NAME_WIDTH)))
     if comparison.recipes:
         console.print(_recipes(comparison.recipes))
     console.print(headline(comparison), markup=False, style="bold")
@@ -26,12 +27,12 @@ def print_table(comparison: Comparison, *, console: Console) -> None:
             console.print(text, markup=False)
 
 
-def _runs(comparison: Comparison) -> Table:
-    table = Table("tau (95 % interval)", "against the best", title="held-out acceptance", box=SIMPLE_HEAD)
+def _runs(comparison: Comparison, *, name_width: int) -> Table:
+    table = _table("held-out acceptance", "tau (95 % interval)", "against the best")
     table.add_column("run", overflow="fold")
     keys = differing_keys(comparison.runs)
     for run in comparison.runs:
-        found, name = run.evaluation, Text(_break_name(run.name))
+        found, name = run.evaluation, Text(_break_name(run.name, width=name_width))
         if not run.trial and keys:  # a trial's folder is named after its values
             values = (f"{key.partition('.')[2]} {format_value(run.config.get(key))}" for key in keys)
             name.append(f"\n{', '.join(values)}", style="dim")
@@ -48,7 +49,7 @@ def _runs(comparison: Comparison) -> Table:
 
 
 def _recipes(recipes: tuple[Recipe, ...]) -> Table:
-    table = Table("mean tau (seeds)", "against the best", title="recipes over their seeds", box=SIMPLE_HEAD)
+    table = _table("recipes over their seeds", "mean tau (seeds)", "against the best")
     table.add_column("recipe")
     for recipe in recipes:
         seeds = f"{min(recipe.taus):.3f} to {max(recipe.taus):.3f}" if len(recipe.runs) > 1 else "one run"
@@ -56,11 +57,19 @@ def _recipes(recipes: tuple[Recipe, ...]) -> Table:
     return table
 
 
-def _break_name(name: str) -> str:
-    """The name in lines of up to NAME_WIDTH characters where its commas and slashes allow it."""
+def _table(title: str, *numbers: str) -> Table:
+    """A table whose columns of numbers are not broken."""
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for name in numbers:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def _break_name(name: str, *, width: int) -> str:
+    """The name in lines of up to `width` characters, where its punctuation allows it."""
     lines = [""]
-    for part in re.split(r"(?<=[,/])", name):
-        if lines[-1] and len(lines[-1] + part) > NAME_WIDTH:
+    for part in re.split(r"(?<=[,/=])", name):
+        if lines[-1] and len(lines[-1] + part) > width:
             lines.append("")
         lines[-1] += part
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from functools import partial
 from rich.console import Console
 
 from pipeline.config import Config
+from pipeline.report.command import report
 from pipeline.report.compare import compare_runs
 from pipeline.report.runs import read_runs
 from pipeline.report.table import print_table
@@ -39,5 +40,7 @@ def sweep(config: Config, *, ranks: Ranks, console: Console) -> None:
         if missing := opened[0].find_missing():
             say(f"complete, but no longer there to be compared: {', '.join(missing)}")
         if any(config.train.run_dir.glob(f"*/{RECORD_FILE}")):  # none on a machine that came too late
-            print_table(compare_runs(read_runs([config.train.run_dir])), console=console)
-            say(f"dspark report {config.train.run_dir} writes a page with the curves")
+            if was_stopped:
+                print_table(compare_runs(read_runs([config.train.run_dir])), console=console)
+            else:
+                report([config.train.run_dir], out=None, console=console)
