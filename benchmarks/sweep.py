@@ -1,8 +1,8 @@
 """A sweep of eight trials on the embedded default, killed twice and ending with its report, against trainings alone.
 
 The trials differ in learning rate and seed, so they cost alike. The baseline is `dspark train` of the same config
-without its evaluation, from the start of the process to its end, once before and once after the sweep: eight times their
-mean. The sweep's time is that of all its processes together; evaluations, the report and the work that the kills
+without its evaluation, from the start of the process to its end, once before and once after the sweep: eight times
+their mean. The sweep's time is that of all its processes together; evaluations, report and the work that the kills
 (SIGKILL) cost are in it. Options are passed on to every command: `--set train.max_steps=80` for a try.
 """
 

@@ -226,9 +226,30 @@ def test_recipes_are_shown_in_the_terminal_and_on_the_page(tmp_path: Path) -> No
     start = next(place for place, row in enumerate(page.rows) if "mean tau" in row)
     recipes = page.rows[start + 1 : start + 4]
     assert [row[0] for row in recipes] == ["1", "2", "3"]
-    assert recipes[0][2] == ""
+    assert [row[2] == "best" for row in recipes] == [True, False, False]
     assert len(recipes[0][3].split()) == 2
     assert len(recipes[2][3].split()) == 1
+
+
+@pytest.mark.parametrize(
+    ("variants", "names"),
+    [
+        ([{}, {"lr": 0.002}, {"epochs": 2}], ["lr 0.001, epochs 1", "lr 0.002", "epochs 2"]),
+        ([{}, {"lr": 0.002}, {"epochs": 2}, {"lr": 0.002, "epochs": 2}], [
+            "lr 0.001, epochs 1", "lr 0.002, epochs 1", "lr 0.001, epochs 2", "lr 0.002, epochs 2",
+        ]),
+        ([{}, {"lr": 0.002}], ["lr 0.001", "lr 0.002"]),
+    ],
+    ids=["variants of one", "a grid", "two"],
+)  # fmt: skip
+def test_a_recipe_is_named_by_what_sets_it_apart(
+    tmp_path: Path, variants: list[dict[str, Any]], names: list[str]
+) -> None:
+    for place, changes in enumerate(variants):
+        for seed in (0, 1):
+            config = {"epochs": 1, "seed": seed, **changes}
+            make_run(tmp_path / f"{place}-{seed}", evaluate(gain=0.02 * (5 - place)), config=config)
+    assert [recipe.name for recipe in read(tmp_path).recipes] == names
 
 
 @pytest.mark.parametrize("gains", [[(0.05,), (0.0,)], [(0.05, 0.06)]], ids=["one seed each", "one recipe"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -90,13 +91,17 @@ def _losses(runs: Sequence[Run], styles: Styles) -> Plot:
     trained = [run for run in runs if run.train_rows]
     figure, axes = _axes("optimizer steps", "loss (weighted sum of its terms)")
     _draw_lines(axes, trained, styles, lambda run: _smooth(run.train_rows, "loss"))
-    text = "Training loss, averaged over up to a fiftieth of the steps."
+    _cut_start(axes)
+    text = (
+        "Training loss, averaged over up to a fiftieth of the steps. The frame holds what comes after the first tenth "
+        "of the steps, so that curves can be told apart."
+    )
     return _plot("loss", "Training loss", text, trained, figure, missing="no run has metrics.jsonl")
 
 
 def _validations(runs: Sequence[Run], styles: Styles) -> Plot:
     measured = [run for run in runs if run.validation_rows]
-    figure, axes = _axes("optimizer steps", "tau at validation (tokens a verify round)")
+    figure, axes = _axes("optimizer steps", "tau (tokens a verify round)")
     _draw_lines(axes, measured, styles, lambda run: _column(run.validation_rows, "tau"), marker="o")
     text = "tau on the held-out split during the training; a curve that ends early belongs to a run that was given up."
     return _plot(
@@ -106,7 +111,7 @@ def _validations(runs: Sequence[Run], styles: Styles) -> Plot:
 
 def _acceptance(runs: Sequence[Run], styles: Styles) -> Plot:
     measured = [run for run in runs if run.evaluation is not None]
-    figure, axes = _axes("slot of the block (1 is behind the anchor)", "share accepted, all before it accepted")
+    figure, axes = _axes("slot of the block (1 is behind the anchor)", "accepted, if all before it are")
 
     def curve(run: Run) -> tuple[list[float], list[float]]:
         found = run.evaluation
@@ -260,6 +265,15 @@ def _draw_lines(
             linewidth=1.5 if style.is_named else 0.8, **_look(run, style),
         )  # fmt: skip
     _add_legend(axes)
+
+
+def _cut_start(axes: Axes) -> None:
+    """Lower the frame to the highest point after the first tenth of the x axis."""
+    x_N, y_N = np.concatenate([np.zeros((0, 2)), *(np.asarray(line.get_xydata()) for line in axes.lines)]).T
+    late_N = np.isfinite(y_N) & (x_N > x_N.max(initial=0.0) / 10)
+    if late_N.any():
+        low, high = np.nanmin(y_N), y_N[late_N].max()
+        axes.set_ylim(top=high + 0.05 * (high - low) if high > low else None)
 
 
 def _look(run: Run, style: Style) -> dict[str, Any]:

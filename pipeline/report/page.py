@@ -51,7 +51,7 @@ def render_page(comparison: Comparison, plots: list[Plot]) -> str:
         groups=describe_groups(comparison),
         over_seeds=describe_recipes(comparison.recipes),
         recipe_keys=list(comparison.recipes[0].values) if comparison.recipes else [],
-        recipes=[_recipe(recipe) for recipe in comparison.recipes],
+        recipes=[_recipe(recipe, is_best=recipe is comparison.recipes[0]) for recipe in comparison.recipes],
         keys=keys,
         rows=[_row(run, comparison, keys) for run in comparison.runs],
         plots=[_describe_plot(plot) for plot in plots],
@@ -61,7 +61,7 @@ def render_page(comparison: Comparison, plots: list[Plot]) -> str:
 
 def breakable(text: str) -> Markup:
     """The text, escaped, with places where a long run name may be broken."""
-    return Markup("<wbr>").join(re.split(r"(?<=[,/])", text))
+    return Markup("<wbr>").join(re.split(r"(?<=[,/=_])", text))
 
 
 def _row(run: Run, comparison: Comparison, keys: list[str]) -> dict[str, Any]:
@@ -90,14 +90,14 @@ def _row(run: Run, comparison: Comparison, keys: list[str]) -> dict[str, Any]:
     return row
 
 
-def _recipe(recipe: Recipe) -> dict[str, Any]:
+def _recipe(recipe: Recipe, *, is_best: bool) -> dict[str, Any]:
     difference = recipe.difference
     size = recipe.runs[0].num_parameters
     return {
         "values": [format_value(value) for value in recipe.values.values()],
         "tau": f"{recipe.tau:.3f}",
         "taus": "  ".join(f"{tau:.3f}" for tau in recipe.taus),
-        "behind": format_difference(difference),
+        "behind": "best" if is_best else format_difference(difference),
         "is_tied": difference is not None and not difference.is_clear,
         "parameters": "" if size is None else f"{size:,}",
     }

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ SEED = "train.seed"
 class Recipe:
     """Evaluated runs of one config, a seed each, measured on the same blocks."""
 
+    name: str
+    """What sets it apart, as `markov_rank 0`; for the recipe that most others are variants of, all its values."""
     values: dict[str, Any]
     """Config keys that tell the recipes of a report apart."""
     runs: tuple[Run, ...]
@@ -35,11 +38,6 @@ class Recipe:
         """The mean over seeds."""
         return math.fsum(self.taus) / len(self.runs)
 
-    @property
-    def name(self) -> str:
-        """What tells it apart, as `markov_rank 0, num_layers 2`."""
-        return ", ".join(f"{key.partition('.')[2]} {format_value(value)}" for key, value in self.values.items())
-
 
 def plan_recipes(runs: Sequence[Run]) -> tuple[Recipe, ...]:
     """The recipes among runs that were measured on the same blocks, the best mean first.
@@ -53,14 +51,26 @@ def plan_recipes(runs: Sequence[Run]) -> tuple[Recipe, ...]:
         groups.setdefault(json.dumps([run.config.get(key) for key in keys], default=str), []).append(run)
     if len(groups) < 2 or all(len({_seed(run) for run in group}) < 2 for group in groups.values()):
         return ()
+    points = [{key: group[0].config.get(key) for key in keys} for group in groups.values()]
     recipes = [
-        Recipe(values={key: group[0].config.get(key) for key in keys}, runs=tuple(sorted(group, key=_seed)))
-        for group in groups.values()
+        Recipe(name=name, values=values, runs=tuple(sorted(group, key=_seed)))
+        for name, values, group in zip(_plan_names(points), points, groups.values(), strict=True)
     ]
     best, *others = sorted(recipes, key=lambda recipe: -recipe.tau)
     return best, *(
         replace(other, difference=paired_difference(_evaluations(best), _evaluations(other))) for other in others
     )
+
+
+def _plan_names(points: Sequence[dict[str, Any]]) -> list[str]:
+    """Of each point the values that more than half of them do not have; all of its values where there are none."""
+    texts = [{key: format_value(value) for key, value in point.items()} for point in points]
+    usual = {}
+    for key in points[0]:
+        text, count = Counter(point[key] for point in texts).most_common(1)[0]
+        usual[key] = text if 2 * count > len(texts) else None
+    own = [{key: text for key, text in point.items() if text != usual[key]} or point for point in texts]
+    return [", ".join(f"{key.partition('.')[2]} {text}" for key, text in point.items()) for point in own]
 
 
 def describe_recipes(recipes: Sequence[Recipe]) -> str | None:
