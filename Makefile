@@ -37,11 +37,12 @@ train: setup ## Stage two: train a draft and evaluate it; extracts first what th
 evaluate: setup ## Measure the trained draft on held-out conversations.
 	$(BIN)/dspark evaluate $(CONFIG) $(ARGS)
 
-sweep: setup ## Train the trials of the config's [sweep] over one cache, extracted first if it is missing, or what is left of them.
+sweep: CONFIG = configs/sweep.toml
+sweep: setup ## Train what is left of the trials of the config's [sweep]; extracts first what the cache lacks.
 	$(BIN)/dspark sweep --extract $(CONFIG) $(ARGS)
 
 RUNS ?= $(patsubst %/evaluation.json,%,$(wildcard runs/*/evaluation.json runs/*/*/evaluation.json))
-report: setup ## Compare the evaluated runs below runs/, or RUNS="a b": a table and report.html.
+report: setup ## Compare the evaluated runs runs/* and runs/*/*, or RUNS="a b": a table and report.html.
 	$(BIN)/dspark report $(RUNS)
 
 checks: setup ## Format, lint and types.
@@ -55,7 +56,7 @@ test: setup ## The tests, in some minutes.
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
 		--no-loadscope-reorder $(ARGS)
 
-bench: setup ## Time extraction, reading and training on this machine.
+bench: setup ## Time extraction, reading and training on this machine, half an hour; ARGS="sweep": sweeps.
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 clean: ## Remove what make built; runs/ stays.

@@ -1,4 +1,4 @@
-"""A sweep of eight trials on the embedded default, killed twice and ending with its report, against trainings alone.
+"""The eight trials of configs/sweep.toml, killed twice and ending with their report, against trainings alone.
 
 The trials differ in learning rate and seed, so they cost alike. The baseline is `dspark train` of the same config
 without its evaluation, from the start of the process to its end, once before and once after the sweep: eight times
@@ -21,22 +21,15 @@ from common import ROOT
 from pipeline.sweep.record import read_trial
 from stages.train.metrics import read_metrics
 
-SWEEP = """
-[sweep.parameters]
-"train.seed" = [0, 1]
-"train.lr" = [5e-4, 7e-4, 1e-3, 1.4e-3]
-"""
 NUM_TRIALS = 8
 KILLED_AT = (0.3, 0.65)  # of all steps
-RUN_DIR = Path("runs/sweep")
+RUN_DIR = Path("runs/embedded/sweep")
 POLL_SECONDS = 2.0
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory(dir=ROOT) as name:
         folder = Path(name)
-        file = folder / "sweep.toml"
-        file.write_text((ROOT / "configs" / "embedded.toml").read_text() + SWEEP)
         time_command(folder, "extract")
         alone = [time_command(folder, "train", "--no-evaluate", "--set", "train.run_dir='runs/before'")]
         num_steps = NUM_TRIALS * count_steps(folder / "runs")
@@ -58,7 +51,7 @@ def main() -> None:
 
 def command(*arguments: str) -> list[str]:
     verb, *others = arguments
-    return [sys.executable, "-m", "pipeline.cli", verb, "sweep.toml", *others, *sys.argv[1:]]
+    return [sys.executable, "-m", "pipeline.cli", verb, str(ROOT / "configs" / "sweep.toml"), *others, *sys.argv[1:]]
 
 
 def time_command(folder: Path, *arguments: str) -> float:
@@ -71,9 +64,8 @@ def time_command(folder: Path, *arguments: str) -> float:
 def time_sweep(folder: Path, *, kill_at: int | None) -> tuple[float, bool]:
     """Seconds of one process, and whether it was killed, once all trials together had done `kill_at` steps."""
     started = time.perf_counter()
-    sweep = command("sweep", "--set", f"train.run_dir='{RUN_DIR}'")
     with (folder / "log.txt").open("ab") as log:
-        process = subprocess.Popen(sweep, cwd=folder, env=environment(), stdout=log, start_new_session=True)
+        process = subprocess.Popen(command("sweep"), cwd=folder, env=environment(), stdout=log, start_new_session=True)
         while process.poll() is None:
             if kill_at is not None and count_steps(folder / RUN_DIR) >= kill_at:
                 os.killpg(process.pid, signal.SIGKILL)

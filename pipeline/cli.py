@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from stages.train.parallel import Ranks
 
 DEFAULT_CONFIG = Path("configs/embedded.toml")
+DEFAULT_SWEEP = Path("configs/sweep.toml")
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -38,12 +39,12 @@ class _PathOrAddress(click.Path):
         return value if is_remote(value) else super().convert(value, param, ctx)
 
 
-def _with_config(command: Callable[..., None]) -> Callable[..., None]:
+def _with_config(command: Callable[..., None], *, default: Path = DEFAULT_CONFIG) -> Callable[..., None]:
     """The argument and option that every command has."""
     command = click.option(
         "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."
     )(command)
-    return click.argument("config", type=_PathOrAddress(path_type=Path), default=DEFAULT_CONFIG)(command)
+    return click.argument("config", type=_PathOrAddress(path_type=Path), default=default)(command)
 
 
 _may_extract = click.option(
@@ -276,17 +277,22 @@ def evaluate(config: Path, overrides: tuple[str, ...], draft: Path | None, decod
 
 
 @main.command()
-@_with_config
+@partial(_with_config, default=DEFAULT_SWEEP)
 @_may_extract
 def sweep(config: Path, overrides: tuple[str, ...], extract_missing: bool) -> None:
-    """Train and evaluate the trials that [sweep] describes over one cache, and compare them; again: what is left.
+    """Train and evaluate the trials that [sweep] describes over one cache, and report on them; again: what is left.
 
-    Several such commands share the trials. Under torchrun the ranks take every trial together.
+    The report is a table here and report.html in train.run_dir; a sweep that is stopped prints the table alone. Several
+    such commands share the trials. Under torchrun the ranks take every trial together.
     """
     from pipeline.sweep.command import sweep as run_sweep
+    from pipeline.sweep.run import check_sweep
 
     settings = _load(config, overrides)
     if extract_missing:
+        share = Share.of_torchrun()
+        if share.rank == 0:  # before what takes long
+            check_sweep(settings, world=share.world)
         _extract_missing(settings)
     with _joined(settings) as ranks:
         run_sweep(settings, ranks=ranks, console=console)
@@ -304,7 +310,7 @@ def sweep(config: Path, overrides: tuple[str, ...], extract_missing: bool) -> No
 def export(
     checkpoint: Path, out: Path, form: "Form", dtype: str, with_target_weights: bool, target: str | None
 ) -> None:
-    """Write a run's draft or checkpoint to the new folder OUT, as servers load it, with a model card."""
+    """Write a run's draft or checkpoint to the new folder OUT, as servers load it, with model card and calibration."""
     from pipeline.export import export_draft
 
     export_draft(checkpoint, out, form=form, dtype=dtype, with_target_weights=with_target_weights, target=target)

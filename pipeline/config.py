@@ -62,7 +62,8 @@ def parse_config(tables: dict[str, Any], *, where: str) -> Config:
     try:
         config = Config.model_validate_json(json.dumps(tables, default=str))
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_describe(problem)}" for problem in error.errors())) from error
+        problems = dict.fromkeys(_describe(problem) for problem in error.errors())
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems)) from error
     return _resolve_embedded(config)
 
 
@@ -103,9 +104,12 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "missing":
         enough = " (three lines are enough: target.model, data.files, cache.path)" if location[0] in REQUIRED else ""
         return f"{key} is required{enough}"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem["input"]
-    return f"{key}: {message}" + ("" if isinstance(given, dict) else f", got {given!r}")
+    message, given = problem["msg"].removeprefix("Value error, "), problem["input"]
+    if location[-1] in ("int", "float"):  # a key that takes both has a problem with each
+        key, message = ".".join(location[:-1]), "expected a number"
+    if isinstance(given, dict):
+        return f"{key}: {message}" + (f", got {_toml_value(given)}" if len(location) > 1 else "")
+    return f"{key}: {message}, got {given!r}"
 
 
 def _known_keys(location: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ def measure_from_cache(config: Config, *, draft: Path | None, console: Console) 
     """Acceptance on the held-out split; `draft` None: the run's own. Raises SettingError, CacheError."""
     draft_dir = draft or config.train.run_dir / "draft"
     evaluation = evaluate_draft(config, draft_dir=draft_dir)
-    file = place_of_numbers(config, draft) / "evaluation.json"
+    file = _place_of_numbers(config, draft) / "evaluation.json"
     save_evaluation(evaluation, file=file, draft_dir=draft_dir)
     with open_reader(config.cache) as reader:
         token_bytes = reader.manifest.header.token_bytes
@@ -31,12 +31,12 @@ def measure_by_decoding(config: Config, *, draft: Path | None, estimate: Evaluat
     """Decoding with the real target, beside the cache's estimate. Raises SettingError, CacheError."""
     with show.progress_bar("decode") as progress:
         result = decode_draft(config, draft_dir=draft or config.train.run_dir / "draft", progress=progress)
-    file = place_of_numbers(config, draft) / "decoding.json"
+    file = _place_of_numbers(config, draft) / "decoding.json"
     write_whole(file, json.dumps(result.to_json(), indent=2) + "\n")
     show_decoding.decoding(console, result, estimate=estimate, file=file)
 
 
-def place_of_numbers(config: Config, draft: Path | None) -> Path:
+def _place_of_numbers(config: Config, draft: Path | None) -> Path:
     """The run's folder, where reports look, for its own draft; else the folder of the draft."""
     if draft is None:
         return config.train.run_dir

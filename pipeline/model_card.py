@@ -193,40 +193,40 @@ def _training_rows(facts: RunFacts) -> list[tuple[str, object]]:
 
 
 def _acceptance(held_out: HeldOut | None, calibration: Calibration | None) -> str:
+    parts = []
     if held_out is None:
-        return "Not measured, or not known to be of these weights."
-    rows = [
-        ("tau", f"{held_out.tau:.3f} (95 % interval {held_out.tau_low:.3f} to {held_out.tau_high:.3f})"),
-        ("acceptance by slot", " ".join(f"{rate:.3f}" for rate in held_out.accept_rate_per_pos)),
-        ("measured on", f"{held_out.num_samples:,} conversations, {held_out.num_blocks:,} blocks"),
-    ]
-    text = (
-        "tau is the expected number of tokens of a verify round, the bonus token included. Measured on held-out "
-        "conversations from the cached states, with the tokens before each slot given; not by a server."
-    )
+        parts.append("tau was not measured, or is not known to be of these weights.")
+    else:
+        rows = [
+            ("tau", f"{held_out.tau:.3f} (95 % interval {held_out.tau_low:.3f} to {held_out.tau_high:.3f})"),
+            ("acceptance by slot", " ".join(f"{rate:.3f}" for rate in held_out.accept_rate_per_pos)),
+            ("measured on", f"{held_out.num_samples:,} conversations, {held_out.num_blocks:,} blocks"),
+        ]
+        parts.append(_table(rows))
+        parts.append(
+            "tau is the expected number of tokens of a verify round, the bonus token included. Measured on held-out "
+            "conversations from the cached states, with the tokens before each slot given; not by a server."
+        )
     if calibration is not None:
-        rows.append(
-            (
-                "calibration error of the confidence",
-                f"{calibration.before.ece:.3f}, calibrated {calibration.after.ece:.3f}",
-            )
+        before, after = calibration.before.ece, calibration.after.ece
+        parts.append(
+            f"`{CALIBRATION_FILE}` has a temperature for each slot: the calibrated confidence of slot k is "
+            f"sigmoid(logit / `temperatures[k]`). Its calibration error is {after:.3f}, without them {before:.3f}. No "
+            "server is known to read the file."
         )
-        text += (
-            f" `{CALIBRATION_FILE}` has a temperature for each slot: the calibrated confidence of slot k is "
-            "sigmoid(logit / `temperatures[k]`). No server is known to read it."
-        )
-    return f"{_table(rows)}\n\n{text}"
+    return "\n\n".join(parts)
 
 
 def _serving(draft: ExportedDraft) -> str:
     """A command for each server. None of them was run with this draft; what they are taken from is said."""
-    target = "TARGET" if draft.target is None else shlex.quote(_target_title(draft.target))
+    title = "TARGET" if draft.target is None else _target_title(draft.target)
+    target = shlex.quote(title)
     size, folder = draft.config.block_size, f"./{draft.name}"
     speculative = json.dumps({"method": "dspark", "model": folder, "num_speculative_tokens": size})
     parts = [
         "None of these commands was run by whoever exported this draft; flags are those of the servers' own pages. The "
         f"layout was taken from {LAYOUT_SOURCES[draft.form]}.",
-        *([] if is_hub_id(target) else [f"* `{target}` stands for the target's folder or hub id, which is not known."]),
+        *([] if is_hub_id(title) else [f"* `{title}` stands for the target's folder or hub id."]),
         *(f"* {note}" for note in serving_notes(draft.config)),
         "vLLM"
         if draft.form == "dspark"

@@ -66,7 +66,7 @@ def read_run_facts(draft: Path) -> RunFacts:
         manifest=manifest,
         target_architectures=() if config is None or manifest is None else _read_architectures(config.cache.folder),
         held_out=_read_held_out(draft) or (_read_held_out(run) if _is_final(draft, run) else None),
-        calibration=_read_calibration(run / "draft" if _is_final(draft, run) else draft),
+        calibration=_read_calibration(draft) or (_read_calibration(run / "draft") if _is_final(draft, run) else None),
     )
 
 

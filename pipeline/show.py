@@ -154,7 +154,7 @@ def verify_report(console: Console, report: VerifyReport) -> None:
     problems, missing = count_of(len(report.problems), "problem"), count_of(len(report.missing_shards), "shard")
     verdict = "whole" if report.ok else f"{problems}, {missing} missing"
     checked = f"{format_bytes(report.num_checked_bytes)} checked in {report.seconds:,.1f} s"
-    console.print(f"{report.num_shards} shards, {checked}: {verdict}", markup=False)
+    console.print(f"{count_of(report.num_shards, 'shard')}, {checked}: {verdict}", markup=False)
 
 
 def repair_report(console: Console, repair: RepairReport) -> None:

@@ -211,7 +211,7 @@ def test_every_make_target_of_the_readme_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = {word for command in readme_commands() for word in re.findall(r"^make ([a-z]+)", command)}
     assert named <= targets
-    assert {"setup", "extract", "train", "evaluate", "report", "checks", "test", "bench", "clean"} <= targets
+    assert {"setup", "extract", "train", "evaluate", "sweep", "report", "checks", "test", "bench", "clean"} <= targets
 
 
 def test_the_readme_names_every_config_section_and_file() -> None:

@@ -87,8 +87,8 @@ def test_the_calibration_travels_with_the_weights_it_is_of(run: Path, tmp_path: 
         assert (out / "calibration.json").exists() == is_of_it
         assert ("`calibration.json` has a temperature" in card_of(out)[1]) == is_of_it
     assert json.loads((tmp_path / "draft" / "calibration.json").read_text()) == given
-    shown = f"{given['before']['ece']:.3f}, calibrated {given['after']['ece']:.3f}"
-    assert f"| calibration error of the confidence | {shown} |" in card_of(tmp_path / "draft")[1]
+    shown = f"Its calibration error is {given['after']['ece']:.3f}, without them {given['before']['ece']:.3f}."
+    assert shown in card_of(tmp_path / "draft")[1]
     file.write_text("{")
     result = dspark("export", run / "draft", tmp_path / "broken")
     assert result.exit_code == 0
@@ -173,6 +173,8 @@ def test_a_draft_away_from_its_run(run: Path, tmp_path: Path) -> None:
     card = card_of(tmp_path / "out")[1]
     assert "a target that is not named" in card
     assert "Not known: exported without its run." in card
+    assert "`calibration.json` has a temperature" in card
+    assert (tmp_path / "out" / "calibration.json").exists()
     result = dspark("export", alone, tmp_path / "spec", "--format", "speculators")
     assert result.exit_code == 1
     assert "add --target with the hub id or path" in result.output

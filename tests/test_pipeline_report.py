@@ -21,7 +21,7 @@ from pipeline.cli import main
 from pipeline.report.compare import Comparison, compare_runs, headline
 from pipeline.report.figures import COLOURS, draw_plots, plan_styles
 from pipeline.report.pairing import Difference, paired_difference
-from pipeline.report.recipes import describe_recipes
+from pipeline.report.recipes import describe_recipes, describe_taus
 from pipeline.report.runs import Run, common_folder, differing_keys, find_runs, read_runs
 from pipeline.report.words import readable
 from pipeline.sweep.record import write_trial
@@ -194,7 +194,7 @@ def test_recipes_are_compared_by_the_mean_over_their_seeds(tmp_path: Path) -> No
     text = describe_recipes(comparison.recipes)
     assert text is not None
     assert re.fullmatch(
-        r"Over seeds the best recipe is lr 1: mean tau [\d.]+ \(3 runs, [\d.]+ to [\d.]+\)\. Next is lr 2: .* behind "
+        r"Over seeds the best recipe is lr 1: mean tau [\d.]+ \(3 seeds, [\d.]+ to [\d.]+\)\. Next is lr 2: .* behind "
         r"\(paired difference 0\.0.*\), which is beyond the luck of these conversations, and their seeds overlap\.",
         text,
     )
@@ -227,8 +227,56 @@ def test_recipes_are_shown_in_the_terminal_and_on_the_page(tmp_path: Path) -> No
     recipes = page.rows[start + 1 : start + 4]
     assert [row[0] for row in recipes] == ["1", "2", "3"]
     assert [row[2] == "best" for row in recipes] == [True, False, False]
-    assert len(recipes[0][3].split()) == 2
-    assert len(recipes[2][3].split()) == 1
+    assert re.fullmatch(r"0: [\d.]{5}, 1: [\d.]{5}", recipes[0][3])
+    assert (recipes[2][1], recipes[2][2]) == ("", "one seed")
+
+
+def test_a_lucky_seed_alone_is_no_best_recipe(tmp_path: Path) -> None:
+    """Its other seeds were given up, so its mean is that of the survivor."""
+    folders = make_recipes(tmp_path, (0.06, 0.05, 0.05), (0.2,))
+    for seed in (1, 2):
+        folder = make_run(tmp_path / f"seed={seed},lr=2", None, config={"lr": 2.0, "seed": seed})
+        write_trial(folder, {"state": "pruned", "reason": "its tau was low"})
+        folders.append(folder)
+    comparison = read(*folders)
+    assert [recipe.name for recipe in comparison.recipes] == ["lr 1", "lr 2"]
+    assert comparison.recipes[1].num_missing == 2
+    assert comparison.recipes[1].difference is None
+    assert describe_taus(comparison.recipes[1]).endswith(" (1 of 3 seeds)")
+    text = describe_recipes(comparison.recipes)
+    assert text is not None
+    assert text.startswith("Over its seeds lr 1 has mean tau ")
+    assert "only more seeds tell" in headline(comparison), "the best run has one seed"
+
+
+def test_a_seed_that_is_there_twice_counts_once(tmp_path: Path) -> None:
+    folders = make_recipes(tmp_path, (0.06, 0.05), (0.0, 0.01))
+    twice = make_run(tmp_path / "z-copy", evaluate(gain=0.2), config={"lr": 1.0, "seed": 0})
+    assert [recipe.taus for recipe in read(*folders, twice).recipes] == [
+        recipe.taus for recipe in read(*folders).recipes
+    ]
+
+
+def test_keys_that_change_no_draft_make_no_recipe(tmp_path: Path) -> None:
+    for seed, every in ((0, 100), (1, 200)):
+        for lr in (0.001, 0.002):
+            config = {"lr": lr, "seed": seed, "checkpoint_every": every}
+            make_run(tmp_path / f"{seed},{lr}", evaluate(gain=lr), config=config)
+    assert [recipe.name for recipe in read(tmp_path).recipes] == ["lr 0.002", "lr 0.001"]
+
+
+def test_several_seeds_of_one_config_are_summed_up(tmp_path: Path) -> None:
+    comparison = read(*make_recipes(tmp_path, (0.05, 0.06, 0.07)))
+    text = describe_recipes(comparison.recipes)
+    assert text is not None
+    assert re.fullmatch(r"Over its seeds this config has mean tau [\d.]+ \(3 seeds, [\d.]+ to [\d.]+\)\.", text)
+    assert "only more seeds tell" not in headline(comparison)
+
+
+def test_without_two_seeds_there_are_no_recipes(tmp_path: Path) -> None:
+    comparison = read(*make_recipes(tmp_path, (0.05,), (0.0,)))
+    assert comparison.recipes == ()
+    assert describe_recipes(comparison.recipes) is None
 
 
 @pytest.mark.parametrize(
@@ -239,8 +287,9 @@ def test_recipes_are_shown_in_the_terminal_and_on_the_page(tmp_path: Path) -> No
             "lr 0.001, epochs 1", "lr 0.002, epochs 1", "lr 0.001, epochs 2", "lr 0.002, epochs 2",
         ]),
         ([{}, {"lr": 0.002}], ["lr 0.001", "lr 0.002"]),
+        ([{}, {"lr": 0.00100004}], ["lr 0.001", "lr 0.00100004"]),
     ],
-    ids=["variants of one", "a grid", "two"],
+    ids=["variants of one", "a grid", "two", "look-alikes"],
 )  # fmt: skip
 def test_a_recipe_is_named_by_what_sets_it_apart(
     tmp_path: Path, variants: list[dict[str, Any]], names: list[str]
@@ -250,13 +299,6 @@ def test_a_recipe_is_named_by_what_sets_it_apart(
             config = {"epochs": 1, "seed": seed, **changes}
             make_run(tmp_path / f"{place}-{seed}", evaluate(gain=0.02 * (5 - place)), config=config)
     assert [recipe.name for recipe in read(tmp_path).recipes] == names
-
-
-@pytest.mark.parametrize("gains", [[(0.05,), (0.0,)], [(0.05, 0.06)]], ids=["one seed each", "one recipe"])
-def test_there_are_no_recipes_where_seeds_or_recipes_are_single(tmp_path: Path, gains: list[tuple[float, ...]]) -> None:
-    comparison = read(*make_recipes(tmp_path, *gains))
-    assert comparison.recipes == ()
-    assert describe_recipes(comparison.recipes) is None
 
 
 def test_recipes_of_few_conversations_have_no_difference(tmp_path: Path) -> None:

@@ -134,6 +134,10 @@ def test_a_sweep_extracts_what_its_cache_lacks(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["sweep", str(file)])
     assert result.exit_code == 1
     assert "run extract" in result.output
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text(file.read_text().replace('"train.seed" = [0, 1]', '"train.lr" = ["fast"]'))
+    assert "'fast'" in CliRunner().invoke(main, ["sweep", "--extract", str(wrong)]).output
+    assert not (tmp_path / "cache").exists(), "extracted for a sweep that cannot be"
     again = run(file, "--extract")
     assert again.exit_code == 0, again.output
     assert "2 of 2 trials have ended: 2 complete" in again.output

@@ -69,12 +69,12 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     for (_, best), *others in list(groups.values())[:1]:
         found = {str(run.folder): paired_difference([best], [evaluation]) for run, evaluation in others}
         differences = {folder: difference for folder, difference in found.items() if difference is not None}
-    evaluated = tuple(tuple(run for run, _ in group) for group in groups.values())
+    first: list[tuple[Run, Evaluation]] = next(iter(groups.values()), [])
     return Comparison(
         runs=tuple(ordered),
-        groups=evaluated,
+        groups=tuple(tuple(run for run, _ in group) for group in groups.values()),
         differences=differences,
-        recipes=plan_recipes(evaluated[0]) if evaluated else (),
+        recipes=plan_recipes(first, runs=ordered),
     )
 
 
@@ -87,7 +87,8 @@ def headline(comparison: Comparison) -> str:
         return f"{best.name} has {_describe_tau(best)}; nothing to compare it with, since {_why_alone(comparison)}."
     if not comparison.ties:
         ahead = comparison.differences[str(others[0].folder)]
-        seeds = "" if comparison.recipes else "; how far a training seed moves it, only more seeds tell"
+        is_repeated = any(recipe.is_repeated and best in recipe.runs for recipe in comparison.recipes)
+        seeds = "" if is_repeated else "; how far a training seed moves it, only more seeds tell"
         return (
             f"Ship {best.name}: {_describe_tau(best)}, {ahead.mean:.3f} above the next, {others[0].name} (paired "
             f"difference {ahead.low:.3f} to {ahead.high:.3f}), which is beyond the luck of these conversations{seeds}."

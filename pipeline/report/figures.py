@@ -268,12 +268,15 @@ def _draw_lines(
 
 
 def _cut_start(axes: Axes) -> None:
-    """Lower the frame to the highest point after the first tenth of the x axis."""
-    x_N, y_N = np.concatenate([np.zeros((0, 2)), *(np.asarray(line.get_xydata()) for line in axes.lines)]).T
-    late_N = np.isfinite(y_N) & (x_N > x_N.max(initial=0.0) / 10)
-    if late_N.any():
-        low, high = np.nanmin(y_N), y_N[late_N].max()
-        axes.set_ylim(top=high + 0.05 * (high - low) if high > low else None)
+    """Fit the frame to what comes after the first tenth of the x axis, and to the last point of every line."""
+    lines = [
+        line_N2[np.isfinite(line_N2).all(axis=1)] for line_N2 in (np.asarray(line.get_xydata()) for line in axes.lines)
+    ]
+    start = max((line_N2[-1, 0] for line_N2 in lines if len(line_N2)), default=0.0) / 10
+    shown = [y for line_N2 in lines for y in (*line_N2[line_N2[:, 0] > start, 1], *line_N2[-1:, 1])]
+    if shown and max(shown) > min(shown):
+        margin = 0.05 * (max(shown) - min(shown))
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
 
 
 def _look(run: Run, style: Style) -> dict[str, Any]:

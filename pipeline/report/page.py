@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from pipeline.report.compare import Comparison, describe_groups, headline
 from pipeline.report.figures import Plot, draw_plots
-from pipeline.report.recipes import Recipe, describe_recipes
+from pipeline.report.recipes import SEED, Recipe, describe_recipes
 from pipeline.report.runs import Run, differing_keys
 from pipeline.report.words import describe_seconds, format_difference, format_value, readable
 from pipeline.show import format_bytes
@@ -92,14 +92,16 @@ def _row(run: Run, comparison: Comparison, keys: list[str]) -> dict[str, Any]:
 
 def _recipe(recipe: Recipe, *, is_best: bool) -> dict[str, Any]:
     difference = recipe.difference
-    size = recipe.runs[0].num_parameters
+    seeds = [format_value(run.config.get(SEED)) for run in recipe.runs]
+    sizes = [f"{run.num_parameters:,}" for run in recipe.runs if run.num_parameters is not None]
     return {
         "values": [format_value(value) for value in recipe.values.values()],
-        "tau": f"{recipe.tau:.3f}",
-        "taus": "  ".join(f"{tau:.3f}" for tau in recipe.taus),
-        "behind": "best" if is_best else format_difference(difference),
+        "tau": f"{recipe.tau:.3f}" if recipe.is_repeated else "",
+        "taus": ", ".join(f"{seed}: {tau:.3f}" for seed, tau in zip(seeds, recipe.taus, strict=True)),
+        "missing": recipe.num_missing,
+        "behind": "best" if is_best else format_difference(difference) or ("" if recipe.is_repeated else "one seed"),
         "is_tied": difference is not None and not difference.is_clear,
-        "parameters": "" if size is None else f"{size:,}",
+        "parameters": sizes[0] if sizes else "",
     }
 
 

@@ -10,9 +10,13 @@ from typing import Any
 from pipeline.report.pairing import Difference, paired_difference
 from pipeline.report.runs import Run, differing_keys
 from pipeline.report.words import format_value
+from pipeline.show import count_of
 from stages.evaluate.evaluation import Evaluation
+from stages.train.run import FREE_TRAIN_KEYS
 
 SEED = "train.seed"
+# All runs that are compared were measured on one cache, so target and data are the same.
+RECIPE_SECTIONS = {"draft", "objective", "train"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,63 +28,78 @@ class Recipe:
     values: dict[str, Any]
     """Config keys that tell the recipes of a report apart."""
     runs: tuple[Run, ...]
-    """In the order of their seeds."""
+    """In the order of their seeds; a seed that is there twice counts once, the first by name."""
+    evaluations: tuple[Evaluation, ...]
+    """Of these runs."""
+    num_missing: int
+    """Further seeds whose runs have no evaluation: given up, failed or unfinished ones."""
     difference: Difference | None = None
-    """How far its mean over seeds is behind the best recipe's; None for that one, and of too few conversations."""
+    """How far its mean over seeds is behind the best recipe's; None for that one, a single run, few conversations."""
 
     @property
     def taus(self) -> list[float]:
         """Of its runs."""
-        return [run.tau for run in self.runs]
+        return [evaluation.tau for evaluation in self.evaluations]
 
     @property
     def tau(self) -> float:
         """The mean over seeds."""
-        return math.fsum(self.taus) / len(self.runs)
+        return math.fsum(self.taus) / len(self.taus)
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether it was trained with several seeds; the mean of one says nothing of seeds."""
+        return len(self.runs) > 1
 
 
-def plan_recipes(runs: Sequence[Run]) -> tuple[Recipe, ...]:
-    """The recipes among runs that were measured on the same blocks, the best mean first.
+def plan_recipes(measured: Sequence[tuple[Run, Evaluation]], *, runs: Sequence[Run]) -> tuple[Recipe, ...]:
+    """The recipes among runs that were measured on the same blocks: those with several seeds first, by their means.
 
-    Empty where no recipe was trained with two seeds, so that each run speaks for itself, and where there is but one.
+    `runs` are all of the report. Empty where no recipe was trained with two seeds, so that each run speaks for itself.
     """
     known = [run for run in runs if run.config]  # without a config, nothing tells what it was made of
-    keys = [key for key in differing_keys(known) if key != SEED]
-    groups: dict[str, list[Run]] = {}
-    for run in known:
-        groups.setdefault(json.dumps([run.config.get(key) for key in keys], default=str), []).append(run)
-    if len(groups) < 2 or all(len({_seed(run) for run in group}) < 2 for group in groups.values()):
+    keys = [key for key in differing_keys(known) if _makes_a_recipe(key)]
+    groups: dict[str, dict[str, tuple[Run, Evaluation]]] = {}
+    for run, evaluation in sorted(measured, key=lambda pair: pair[0].name):
+        if run.config:
+            groups.setdefault(_identify(run, keys), {}).setdefault(_seed(run), (run, evaluation))
+    if all(len(seeds) < 2 for seeds in groups.values()):
         return ()
-    points = [{key: group[0].config.get(key) for key in keys} for group in groups.values()]
-    recipes = [
-        Recipe(name=name, values=values, runs=tuple(sorted(group, key=_seed)))
-        for name, values, group in zip(_plan_names(points), points, groups.values(), strict=True)
+    missing = {(_identify(run, keys), _seed(run)) for run in known if run.evaluation is None}
+    points = [
+        {key: run.config.get(key) for key in keys} for (run, _), *_ in (seeds.values() for seeds in groups.values())
     ]
-    best, *others = sorted(recipes, key=lambda recipe: -recipe.tau)
+    recipes = []
+    for name, values, (identity, seeds) in zip(_plan_names(points), points, groups.items(), strict=True):
+        pairs = [seeds[seed] for seed in sorted(seeds, key=lambda seed: (len(seed), seed))]
+        recipes.append(
+            Recipe(
+                name=name,
+                values=values,
+                runs=tuple(run for run, _ in pairs),
+                evaluations=tuple(evaluation for _, evaluation in pairs),
+                num_missing=len({seed for other, seed in missing if other == identity} - set(seeds)),
+            )
+        )
+    best, *others = sorted(recipes, key=lambda recipe: (not recipe.is_repeated, -recipe.tau))
     return best, *(
-        replace(other, difference=paired_difference(_evaluations(best), _evaluations(other))) for other in others
+        replace(other, difference=paired_difference(best.evaluations, other.evaluations) if other.is_repeated else None)
+        for other in others
     )
 
 
-def _plan_names(points: Sequence[dict[str, Any]]) -> list[str]:
-    """Of each point the values that more than half of them do not have; all of its values where there are none."""
-    texts = [{key: format_value(value) for key, value in point.items()} for point in points]
-    usual = {}
-    for key in points[0]:
-        text, count = Counter(point[key] for point in texts).most_common(1)[0]
-        usual[key] = text if 2 * count > len(texts) else None
-    own = [{key: text for key, text in point.items() if text != usual[key]} or point for point in texts]
-    return [", ".join(f"{key.partition('.')[2]} {text}" for key, text in point.items()) for point in own]
-
-
 def describe_recipes(recipes: Sequence[Recipe]) -> str | None:
-    """Which recipe is the best over its seeds, and by how much; None where there are none to compare."""
-    if not recipes:
+    """Which recipe is the best over its seeds, and by how much; None where none has several."""
+    repeated = [recipe for recipe in recipes if recipe.is_repeated]
+    if not repeated:
         return None
-    best, second = recipes[:2]
+    best = repeated[0]
+    if len(repeated) == 1:
+        return f"Over its seeds {best.name or 'this config'} has mean tau {describe_taus(best)}."
+    second = repeated[1]
     text = (
-        f"Over seeds the best recipe is {best.name}: mean tau {_describe_taus(best)}. Next is {second.name}: "
-        f"{_describe_taus(second)}"
+        f"Over seeds the best recipe is {best.name}: mean tau {describe_taus(best)}. Next is {second.name}: "
+        f"{describe_taus(second)}"
     )
     behind = second.difference
     if behind is None:
@@ -93,17 +112,36 @@ def describe_recipes(recipes: Sequence[Recipe]) -> str | None:
     )
 
 
-def _describe_taus(recipe: Recipe) -> str:
-    if len(recipe.runs) == 1:
-        return f"{recipe.tau:.3f} (one run)"
-    return f"{recipe.tau:.3f} ({len(recipe.runs)} runs, {min(recipe.taus):.3f} to {max(recipe.taus):.3f})"
+def describe_taus(recipe: Recipe) -> str:
+    """The mean, and of how many seeds it is, as `1.863 (2 of 3 seeds, 1.859 to 1.868)`."""
+    count = f"{len(recipe.runs)} of {len(recipe.runs) + recipe.num_missing} seeds"
+    if not recipe.num_missing:
+        count = count_of(len(recipe.runs), "seed")
+    ends = f", {min(recipe.taus):.3f} to {max(recipe.taus):.3f}" if recipe.is_repeated else ""
+    return f"{recipe.tau:.3f} ({count}{ends})"
 
 
-def _evaluations(recipe: Recipe) -> list[Evaluation]:
-    return [run.evaluation for run in recipe.runs if run.evaluation is not None]
+def _makes_a_recipe(key: str) -> bool:
+    section, _, name = key.partition(".")
+    return section in RECIPE_SECTIONS and key != SEED and not (section == "train" and name in FREE_TRAIN_KEYS)
 
 
-def _seed(run: Run) -> tuple[int, str]:
-    """Its seed for sorting, whatever the file has for one."""
-    text = str(run.config.get(SEED))
-    return len(text), text
+def _plan_names(points: Sequence[dict[str, Any]]) -> list[str]:
+    """Of each point the values that more than half of them do not have; all of its values where there are none."""
+    texts = [{key: format_value(value) for key, value in point.items()} for point in points]
+    if len({json.dumps(text) for text in texts}) < len(points):  # floats that four digits do not tell apart
+        texts = [{key: str(value) for key, value in point.items()} for point in points]
+    usual = {}
+    for key in points[0]:
+        text, count = Counter(point[key] for point in texts).most_common(1)[0]
+        usual[key] = text if 2 * count > len(texts) else None
+    own = [{key: text for key, text in point.items() if text != usual[key]} or point for point in texts]
+    return [", ".join(f"{key.partition('.')[2]} {text}" for key, text in point.items()) for point in own]
+
+
+def _identify(run: Run, keys: Sequence[str]) -> str:
+    return json.dumps([run.config.get(key) for key in keys], default=str)
+
+
+def _seed(run: Run) -> str:
+    return str(run.config.get(SEED))

@@ -13,24 +13,19 @@ from pipeline.sweep.desk import Desk
 from pipeline.sweep.plan import sweep_section
 from pipeline.sweep.processes import run_parallel
 from pipeline.sweep.record import RECORD_FILE
-from pipeline.sweep.run import open_sweep, run_trials, summarize
+from pipeline.sweep.run import check_sweep, open_sweep, run_trials, summarize
 from pipeline.sweep.study import Trials
-from stages.errors import SettingError
 from stages.train.parallel import Ranks
 
 
 def sweep(config: Config, *, ranks: Ranks, console: Console) -> None:
-    """Train the trials that are left, and print how they compare. Raises ConfigError, SettingError, CacheError."""
-    section = sweep_section(config)
-    if section.parallel > 1 and ranks.world > 1:
-        raise SettingError(
-            f"sweep.parallel: is {section.parallel}, but the {ranks.world} processes of torchrun take every trial "
-            "together; set it to 1, or start without torchrun"
-        )
+    """Train the trials that are left, and report how they compare. Raises ConfigError, SettingError, CacheError."""
+    ranks.on_first(lambda: check_sweep(config, world=ranks.world))
+    is_parallel = sweep_section(config).parallel > 1
     say = partial(console.print, markup=False)
     opened: list[Trials] = []  # of rank 0: a data base does not travel
     ranks.on_first(lambda: opened.append(open_sweep(config)))
-    if section.parallel > 1:
+    if is_parallel:
         was_stopped = not run_parallel(config, say=say)
     else:
         desk = Desk(opened[0], say=say) if ranks.is_first else None

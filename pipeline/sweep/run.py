@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 from pipeline.config import Config, ConfigError
 from pipeline.stage_two import NonFiniteScoreError, open_cache, train_draft
 from pipeline.sweep.desk import Desk
-from pipeline.sweep.plan import Point, check_points, trial_config
+from pipeline.sweep.plan import Point, check_points, sweep_section, trial_config
 from pipeline.sweep.provenance import describe_cache
 from pipeline.sweep.study import Trials, open_trials
 from stages.errors import SettingError
@@ -48,10 +48,20 @@ class SweepResult:
         return line + ("; stopped, the same command continues" if self.was_stopped else "")
 
 
-def open_sweep(config: Config) -> Trials:
-    """The sweep's trials, once config and cache are known to fit. Raises ConfigError, SettingError, CacheError."""
+def check_sweep(config: Config, *, world: int) -> None:
+    """What can be checked without a cache, for as many ranks. Raises ConfigError, SettingError."""
+    section = sweep_section(config)
+    if section.parallel > 1 and world > 1:
+        raise SettingError(
+            f"sweep.parallel: is {section.parallel}, but the {world} processes of torchrun take every trial together; "
+            "set it to 1, or start without torchrun"
+        )
     check_points(config)
     _check_table(config)
+
+
+def open_sweep(config: Config) -> Trials:
+    """The sweep's trials, once the cache is known to fit. Raises ConfigError, SettingError, CacheError."""
     with open_cache(config, layers=None) as reader:
         if not len(reader.split_indices("validation")):
             raise SettingError(

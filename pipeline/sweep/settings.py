@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from stages.section import Section
 
@@ -75,6 +75,18 @@ class SweepSection(Section):
     `postgresql+psycopg://host/sweeps`. Default: an SQLite file in `train.run_dir`."""
     name: str | None = Field(default=None, min_length=1)
     """The sweep's name in `storage`, and only there. Default: the name of the folder `train.run_dir`."""
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _check_forms(cls, parameters: Any) -> Any:
+        """Say what a value is not, before it is read as a range that lacks everything."""
+        for key, values in parameters.items() if isinstance(parameters, dict) else ():
+            expected = f"{key}: expected a list of values, or a table with low and high"
+            if not isinstance(values, list | dict):
+                raise ValueError(expected)
+            if isinstance(values, dict) and not set(values) & set(RangeTable.model_fields):
+                raise ValueError(f'{expected}; a key with a point stands in quotes, as "train.lr"')
+        return parameters
 
     @model_validator(mode="after")
     def _check_sampler(self) -> Self:

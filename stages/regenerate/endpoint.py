@@ -219,8 +219,10 @@ def open_client(url: str, *, section: RegenerateSection) -> AsyncOpenAI:
 
 
 def _without_login(url: str) -> str:
-    """The address without the user and password before its host."""
-    return re.sub(r"//[^/]*@", "//", url)
+    """The address without what stands before its host, which may be user and password."""
+    before, _, rest = url.rpartition("@")
+    scheme = re.match(r"[a-z]+://", before)
+    return (scheme.group() if scheme else "") + rest
 
 
 def _is_address(text: str, *, schemes: tuple[str, ...]) -> bool:

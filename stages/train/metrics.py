@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from stages.train.checkpoint import write_errors
 from stages.train.module import DSparkStepMetrics
 from stages.train.parallel import Ranks
+from stages.whole_files import write_whole
 
 PER_SLOT = ("accept_rate_per_pos_num", "accept_rate_per_pos_den")
 SUMMED = (
@@ -108,9 +109,7 @@ class MetricsLog:
                 kept.append(line)
                 self._written.add((str(row.get("kind")), row["step"]))
         with write_errors(self._file):
-            temp = self._file.with_name(f".{self._file.name}.partial")
-            temp.write_text("".join(kept), encoding="utf-8")
-            temp.replace(self._file)
+            write_whole(self._file, "".join(kept))
             self._stream = self._file.open("a", buffering=1, encoding="utf-8")
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
