@@ -21,7 +21,7 @@ from pipeline.cli import main
 from pipeline.report.compare import Comparison, compare_runs, headline
 from pipeline.report.figures import COLOURS, draw_plots, plan_styles
 from pipeline.report.pairing import Difference, paired_difference
-from pipeline.report.recipes import describe_recipes, describe_taus
+from pipeline.report.recipes import count_seeds, describe_recipes
 from pipeline.report.runs import Run, common_folder, differing_keys, find_runs, read_runs
 from pipeline.report.words import readable
 from pipeline.sweep.record import write_trial
@@ -242,7 +242,7 @@ def test_a_lucky_seed_alone_is_no_best_recipe(tmp_path: Path) -> None:
     assert [recipe.name for recipe in comparison.recipes] == ["lr 1", "lr 2"]
     assert comparison.recipes[1].num_missing == 2
     assert comparison.recipes[1].difference is None
-    assert describe_taus(comparison.recipes[1]).endswith(" (1 of 3 seeds)")
+    assert count_seeds(comparison.recipes[1]) == "1 of 3"
     text = describe_recipes(comparison.recipes)
     assert text is not None
     assert text.startswith("Over its seeds lr 1 has mean tau ")

@@ -10,7 +10,6 @@ from typing import Any
 from pipeline.report.pairing import Difference, paired_difference
 from pipeline.report.runs import Run, differing_keys
 from pipeline.report.words import format_value
-from pipeline.show import count_of
 from stages.evaluate.evaluation import Evaluation
 from stages.train.run import FREE_TRAIN_KEYS
 
@@ -95,11 +94,11 @@ def describe_recipes(recipes: Sequence[Recipe]) -> str | None:
         return None
     best = repeated[0]
     if len(repeated) == 1:
-        return f"Over its seeds {best.name or 'this config'} has mean tau {describe_taus(best)}."
+        return f"Over its seeds {best.name or 'this config'} has mean tau {_describe_taus(best)}."
     second = repeated[1]
     text = (
-        f"Over seeds the best recipe is {best.name}: mean tau {describe_taus(best)}. Next is {second.name}: "
-        f"{describe_taus(second)}"
+        f"Over seeds the best recipe is {best.name}: mean tau {_describe_taus(best)}. Next is {second.name}: "
+        f"{_describe_taus(second)}"
     )
     behind = second.difference
     if behind is None:
@@ -112,13 +111,14 @@ def describe_recipes(recipes: Sequence[Recipe]) -> str | None:
     )
 
 
-def describe_taus(recipe: Recipe) -> str:
-    """The mean, and of how many seeds it is, as `1.863 (2 of 3 seeds, 1.859 to 1.868)`."""
-    count = f"{len(recipe.runs)} of {len(recipe.runs) + recipe.num_missing} seeds"
-    if not recipe.num_missing:
-        count = count_of(len(recipe.runs), "seed")
-    ends = f", {min(recipe.taus):.3f} to {max(recipe.taus):.3f}" if recipe.is_repeated else ""
-    return f"{recipe.tau:.3f} ({count}{ends})"
+def count_seeds(recipe: Recipe) -> str:
+    """As `3`, or `2 of 3` where some have no evaluation."""
+    count = len(recipe.runs)
+    return f"{count} of {count + recipe.num_missing}" if recipe.num_missing else f"{count}"
+
+
+def _describe_taus(recipe: Recipe) -> str:
+    return f"{recipe.tau:.3f} ({count_seeds(recipe)} seeds, {min(recipe.taus):.3f} to {max(recipe.taus):.3f})"
 
 
 def _makes_a_recipe(key: str) -> bool:

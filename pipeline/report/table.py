@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.report.compare import Comparison, describe_groups, headline
-from pipeline.report.recipes import Recipe, describe_recipes, describe_taus
+from pipeline.report.recipes import Recipe, count_seeds, describe_recipes
 from pipeline.report.runs import differing_keys
 from pipeline.report.words import format_difference, format_value
 
@@ -49,10 +49,12 @@ def _runs(comparison: Comparison, *, name_width: int) -> Table:
 
 
 def _recipes(recipes: tuple[Recipe, ...]) -> Table:
-    table = _table("recipes over their seeds", "mean tau", "against the best")
+    table = _table("recipes over their seeds", "mean tau", "seeds", "against the best")
     table.add_column("recipe", overflow="fold")
     for recipe in recipes:
-        table.add_row(describe_taus(recipe), format_difference(recipe.difference), Text(recipe.name))
+        ends = f": {min(recipe.taus):.3f} to {max(recipe.taus):.3f}" if recipe.is_repeated else ""
+        seeds = f"{count_seeds(recipe)}{ends}"
+        table.add_row(f"{recipe.tau:.3f}", seeds, format_difference(recipe.difference), Text(recipe.name))
     return table
 
 
