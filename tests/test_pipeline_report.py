@@ -676,6 +676,16 @@ def test_many_runs_are_drawn_and_the_first_have_colours(tmp_path: Path) -> None:
         assert tuple(bytes.fromhex(colour[1:])) in colours
 
 
+def test_the_seeds_of_a_recipe_share_a_colour_and_a_name(tmp_path: Path) -> None:
+    comparison = read(*make_recipes(tmp_path, (0.06, 0.05), (0.0, 0.02), (0.01,)))
+    styles = plan_styles(comparison.runs, recipes=comparison.recipes)
+    colours = {run.name: styles[run.folder].colour for run in comparison.runs}
+    assert [colours[f"seed={seed},lr=1"] for seed in (0, 1)] == [COLOURS[0]] * 2
+    assert [colours[f"seed={seed},lr=2"] for seed in (0, 1)] == [COLOURS[1]] * 2
+    assert colours["seed=0,lr=3"] not in COLOURS, "its seed's luck is not told from its recipe"
+    assert sorted(style.label for style in styles.values() if style.label) == ["lr 1 (2 seeds)", "lr 2 (2 seeds)"]
+
+
 @pytest.mark.parametrize("arguments", [["nowhere"], []])
 def test_folders_that_are_no_runs(arguments: list[str]) -> None:
     result = CliRunner().invoke(main, ["report", *arguments])

@@ -1,6 +1,7 @@
 """The plots of a report, each drawn from what the runs hold, or left out with a reason."""
 
 import io
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.report.recipes import Recipe, count_seeds
 from pipeline.report.runs import Run
 from stages.evaluate.evaluation import Scheduling
 from stages.evaluate.reliability import Bins
@@ -49,23 +51,35 @@ class Style:
     colour: str
     line: str
     is_named: bool
-    """Whether it has a colour of its own, and a place in the legends."""
+    """Whether it has a colour of its own, or of its recipe."""
+    label: str | None
+    """Its line in the legends; None where another run of its recipe has it, and without a colour."""
 
 
-def draw_plots(runs: Sequence[Run]) -> list[Plot]:
+def draw_plots(runs: Sequence[Run], *, recipes: Sequence[Recipe] = ()) -> list[Plot]:
     """All plots of a report; `runs` in the order of the table."""
-    styles = plan_styles(runs)
+    styles = plan_styles(runs, recipes=recipes)
     drawings = (_taus, _losses, _validations, _acceptance, _reliability, _thresholds, _outlook)
     return [draw(runs, styles) for draw in drawings]
 
 
-def plan_styles(runs: Sequence[Run]) -> Styles:
-    """By folder: the first runs in colours, further ones faint."""
+def plan_styles(runs: Sequence[Run], *, recipes: Sequence[Recipe] = ()) -> Styles:
+    """By folder: the first runs in colours, further ones faint; where there are recipes, the first recipes instead."""
+    named = [
+        (recipe.runs, f"{recipe.name or 'this config'} ({count_seeds(recipe)} seeds)")
+        for recipe in recipes
+        if recipe.is_repeated
+    ]
+    if not named:
+        named = [((run,), run.name) for run in runs]
     styles = {}
+    for colour, line, (alike, name) in zip(COLOURS, itertools.cycle(LINES), named, strict=False):
+        for place, run in enumerate(alike):
+            label = None if place else label_of(name)
+            styles[run.folder] = Style(colour=colour, line=line, is_named=True, label=label)
     for place, run in enumerate(runs):
-        is_named = place < len(COLOURS)
-        colour = COLOURS[place] if is_named else FAINT
-        styles[run.folder] = Style(colour=colour, line=LINES[place % len(LINES)], is_named=is_named)
+        line = LINES[place % len(LINES)]
+        styles.setdefault(run.folder, Style(colour=FAINT, line=line, is_named=False, label=None))
     return styles
 
 
@@ -79,7 +93,7 @@ def _taus(runs: Sequence[Run], styles: Styles) -> Plot:
             # Files of earlier versions may leave tau out of its interval by a last bit.
             span = [[max(0.0, found.tau - found.tau_low)], [max(0.0, found.tau_high - found.tau)]]
             axes.errorbar([found.tau], [place], xerr=span, fmt="o", capsize=3, color=styles[run.folder].colour)
-    axes.set_yticks(range(len(measured)), [label_of(run) for run in measured])
+    axes.set_yticks(range(len(measured)), [label_of(run.name) for run in measured])
     axes.set_ylim(max(len(measured), 1) - 0.5, -0.5)
     axes.set_xlabel("tau (tokens a verify round)")
     axes.grid(axis="x", alpha=0.3)
@@ -124,14 +138,14 @@ def _acceptance(runs: Sequence[Run], styles: Styles) -> Plot:
     _draw_lines(axes, measured, styles, curve, marker="o")
     for run in measured:
         style = styles[run.folder]
-        if run.evaluation is not None and style.is_named:
+        if run.evaluation is not None and style.label is not None:
             slots, _ = curve(run)
             low = run.evaluation.conditional_accept_low_per_pos[: len(slots)]
             high = run.evaluation.conditional_accept_high_per_pos[: len(slots)]
             axes.fill_between(slots, low, high, color=style.colour, alpha=0.12, linewidth=0)
     text = (
         "Conditional acceptance by position: of the rounds whose earlier slots were all accepted, the share that "
-        "accepts this one too. Bands: 95 % intervals."
+        "accepts this one too. Bands: 95 % intervals; of a recipe, that of its first seed."
     )
     return _plot("acceptance", "Acceptance by position", text, measured, figure, missing="no run has been evaluated")
 
@@ -144,7 +158,7 @@ def _reliability(runs: Sequence[Run], styles: Styles) -> Plot:
         before, after = scheduling.reliability_before, scheduling.reliability_after
         _draw_bins(grid[0][column], before.confidence, after.confidence)
         _draw_bins(grid[1][column], before.survival, after.survival)
-        grid[0][column].set_title(label_of(run, length=28), fontsize=9)
+        grid[0][column].set_title(label_of(run.name, length=28), fontsize=9)
         grid[0][column].set_xlabel("confidence of a slot")
         grid[1][column].set_xlabel("product of confidences\nup to a slot")
     grid[0][0].set_ylabel("accept rate")
@@ -167,7 +181,7 @@ def _thresholds(runs: Sequence[Run], styles: Styles) -> Plot:
     accepted, verified = figure.subplots(1, 2)
     for run, scheduling in shown:
         curve, raw = scheduling.thresholds_after, scheduling.thresholds_before
-        look = _look(run, styles[run.folder])
+        look = _look(styles[run.folder])
         accepted.plot(curve.threshold, curve.accepted, **look)
         accepted.plot(raw.threshold, raw.accepted, color=look["color"], alpha=0.35, linewidth=1)
         verified.plot(curve.verified, curve.accepted, **look)
@@ -195,7 +209,7 @@ def _outlook(runs: Sequence[Run], styles: Styles) -> Plot:
     for run, scheduling in shown:
         rows, style = scheduling.outlook.concurrencies, styles[run.folder]
         requests = [row.num_requests for row in rows]
-        look = {**_look(run, style), "linestyle": "-"}
+        look = {**_look(style), "linestyle": "-"}
         speed.plot(requests, [row.scheduled.tokens_per_second for row in rows], **look)
         best = [row.fixed[row.best_length].tokens_per_second for row in rows]
         speed.plot(requests, best, color=style.colour, linestyle=":", alpha=0.8)
@@ -224,9 +238,9 @@ def _outlook(runs: Sequence[Run], styles: Styles) -> Plot:
 _WITHOUT_SCHEDULING = "no evaluated run has a confidence head and the conversations to calibrate it"
 
 
-def label_of(run: Run, *, length: int = NAME_LENGTH) -> str:
-    """The run's name as matplotlib takes it: no mathematics, and no underscore first, which hides a line."""
-    name = "".join(char if char.isprintable() else "?" for char in run.name)
+def label_of(name: str, *, length: int = NAME_LENGTH) -> str:
+    """The name as matplotlib takes it: no mathematics, and no underscore first, which hides a line."""
+    name = "".join(char if char.isprintable() else "?" for char in name)
     name = name if len(name) <= length else f"{name[: length // 2]}…{name[-(length // 2) :]}"
     return ("./" + name if name.startswith("_") else name).replace("$", r"\$")
 
@@ -262,7 +276,7 @@ def _draw_lines(
         style = styles[run.folder]
         axes.plot(
             *curve(run), marker=marker, markersize=4, zorder=3 - place / (len(runs) + 1),
-            linewidth=1.5 if style.is_named else 0.8, **_look(run, style),
+            linewidth=1.5 if style.is_named else 0.8, **_look(style),
         )  # fmt: skip
     _add_legend(axes)
 
@@ -279,10 +293,10 @@ def _cut_start(axes: Axes) -> None:
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
 
 
-def _look(run: Run, style: Style) -> dict[str, Any]:
+def _look(style: Style) -> dict[str, Any]:
     """What matplotlib needs to draw the run; a faint one is not named."""
     look: dict[str, Any] = {"color": style.colour, "linestyle": style.line}
-    return look | ({"label": label_of(run)} if style.is_named else {})
+    return look | ({"label": style.label} if style.label is not None else {})
 
 
 def _draw_bins(axes: Axes, before: Bins, after: Bins) -> None:

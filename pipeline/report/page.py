@@ -26,7 +26,7 @@ TEMPLATE = "page.html.j2"
 
 def write_page(comparison: Comparison, out: Path) -> Path:
     """Write `report.html` and `report/*.png` into the folder `out`; the page's path."""
-    plots = draw_plots(comparison.runs)
+    plots = draw_plots(comparison.runs, recipes=comparison.recipes)
     (out / PLOTS).mkdir(parents=True, exist_ok=True)
     for plot in plots:
         file = out / PLOTS / f"{plot.key}.png"
