@@ -286,13 +286,14 @@ def sweep(config: Path, overrides: tuple[str, ...], extract_missing: bool) -> No
     such commands share the trials. Under torchrun the ranks take every trial together.
     """
     from pipeline.sweep.command import sweep as run_sweep
-    from pipeline.sweep.run import check_sweep
+    from pipeline.sweep.run import check_extraction, check_sweep
 
     settings = _load(config, overrides)
     if extract_missing:
         share = Share.of_torchrun()
         if share.rank == 0:  # before what takes long
             check_sweep(settings, world=share.world)
+            check_extraction(settings)
         _extract_missing(settings)
     with _joined(settings) as ranks:
         run_sweep(settings, ranks=ranks, console=console)

@@ -60,11 +60,18 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(tables: dict[str, Any], *, where: str) -> Config:
     """Typed config from TOML tables. Raises ConfigError listing every problem, unknown keys with the nearest known."""
     try:
-        config = Config.model_validate_json(json.dumps(tables, default=str))
+        config = Config.model_validate_json(_to_json(tables, where=where))
     except ValidationError as error:
         problems = dict.fromkeys(_describe(problem) for problem in error.errors())
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems)) from error
     return _resolve_embedded(config)
+
+
+def _to_json(tables: dict[str, Any], *, where: str) -> str:
+    try:
+        return json.dumps(tables, default=str)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: a value that no config can hold: {error}") from error
 
 
 def to_toml(config: Config) -> str:
@@ -93,6 +100,8 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
 
 def _describe(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
+    if not location:
+        return str(problem["msg"])
     if location[:2] == ["sweep", "parameters"]:
         del location[3:4]  # which form of values was taken for meant
     key = ".".join(location)

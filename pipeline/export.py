@@ -1,6 +1,7 @@
 """`dspark export`: a draft or checkpoint read back, and written as servers load it, with a model card."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -69,9 +70,18 @@ def export_draft(
         target=served,
         name=out.name,
     )
-    texts = {CARD_FILE: render_card(exported, facts)}
-    if facts.calibration is not None:
-        texts[CALIBRATION_FILE] = facts.calibration.model_dump_json(indent=2) + "\n"
+    calibration = facts.calibration
+    if calibration is not None and len(calibration.temperatures) != model.block_size:
+        logger.warning(
+            "the export goes without the calibration of the confidence: it has %d temperatures for %d slots; dspark "
+            "evaluate makes it anew",
+            len(calibration.temperatures),
+            model.block_size,
+        )
+        calibration = None
+    texts = {CARD_FILE: render_card(exported, replace(facts, calibration=calibration))}
+    if calibration is not None:
+        texts[CALIBRATION_FILE] = calibration.model_dump_json(indent=2) + "\n"
     write_export(out, fields=fields, weights=weights, texts=texts)
 
 

@@ -6,6 +6,7 @@ cannot be used is said in a warning and left out, since it is no reason to write
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def read_run_facts(draft: Path) -> RunFacts:
         manifest=manifest,
         target_architectures=() if config is None or manifest is None else _read_architectures(config.cache.folder),
         held_out=_read_held_out(draft) or (_read_held_out(run) if _is_final(draft, run) else None),
-        calibration=_read_calibration(draft) or (_read_calibration(run / "draft") if _is_final(draft, run) else None),
+        calibration=_read_calibration(run / "draft" if _is_final(draft, run) and not _has_own(draft) else draft),
     )
 
 
@@ -144,8 +145,12 @@ def _read_held_out(folder: Path) -> HeldOut | None:
         return None
 
 
+def _has_own(draft: Path) -> bool:
+    return os.path.lexists(draft / CALIBRATION_FILE)
+
+
 def _read_calibration(draft: Path) -> Calibration | None:
-    if not (draft / CALIBRATION_FILE).is_file():
+    if not _has_own(draft):
         return None
     try:
         return read_calibration(draft)

@@ -51,7 +51,7 @@ def _describe_run(run: DecodingRun, *, device: str) -> dict[str, str]:
         "drafted tokens a round": f"{run.num_drafted / run.num_rounds:.2f}",
         "tokens that differ from the target's own": "not compared: drawn anew"
         if run.num_differing_tokens is None
-        else f"{run.num_differing_tokens:,} in {len(run.differences):,} answers",
+        else f"{run.num_differing_tokens:,} of {run.num_tokens:,}",
         "tokens a second, target alone": f"{run.num_plain_tokens / run.plain_seconds:,.0f}",
         "tokens a second, with the draft": f"{run.num_tokens / run.speculative_seconds:,.0f} ({speed:.2f} x)",
         "timed on": f"{device}, eager, one prompt at a time",

@@ -170,8 +170,14 @@ def _can_measure(config: Config, reader: CacheReader) -> bool:
 
 
 def check_evaluation(config: Config) -> None:
-    """See to it, before a training, that its draft can be evaluated behind it. Raises SettingError."""
+    """See to it, before a training, that its draft can be evaluated behind it. Raises SettingError, CacheError."""
     read_throughput_table(config.evaluate.throughput_table, least_tokens=1 + config.draft.block_size)
+    with open_reader(config.cache) as reader:
+        if not len(reader.split_indices("validation")):
+            raise SettingError(
+                f"{config.cache.path}: the cache has no validation split, on which the draft could be evaluated; train "
+                "with --no-evaluate, or extract anew with a larger data.validation_fraction"
+            )
 
 
 def evaluate_draft(config: Config, *, draft_dir: Path) -> Evaluation:

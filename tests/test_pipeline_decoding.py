@@ -110,7 +110,7 @@ def test_the_command_writes_and_prints_what_was_measured(trained: tuple[Path, Pa
     file.write_text(to_toml(small(folder)), encoding="utf-8")
     result = CliRunner().invoke(main, ["evaluate", str(file), "--decode"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    for text in ("tokens a round", "greedy", "temperature 1", "0 in 0 answers", "the replay", "cpu"):
+    for text in ("tokens a round", "greedy", "temperature 1", "│ 0 of ", "the replay", "cpu"):
         assert text in result.output
     numbers = json.loads((draft_dir.parent / "decoding.json").read_text())
     assert numbers["format_version"] == 1

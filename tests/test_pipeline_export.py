@@ -89,6 +89,12 @@ def test_the_calibration_travels_with_the_weights_it_is_of(run: Path, tmp_path: 
     assert json.loads((tmp_path / "draft" / "calibration.json").read_text()) == given
     shown = f"Its calibration error is {given['after']['ece']:.3f}, without them {given['before']['ece']:.3f}."
     assert shown in card_of(tmp_path / "draft")[1]
+    file.write_text(json.dumps(given | {"temperatures": given["temperatures"][:1]}))
+    result = dspark("export", run / "draft", tmp_path / "short")
+    assert result.exit_code == 0
+    assert "it has 1 temperatures for 4 slots" in result.output
+    assert not (tmp_path / "short" / "calibration.json").exists()
+    assert "`calibration.json`" not in card_of(tmp_path / "short")[1]
     file.write_text("{")
     result = dspark("export", run / "draft", tmp_path / "broken")
     assert result.exit_code == 0

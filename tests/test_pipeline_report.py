@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import re
 import shutil
@@ -160,7 +161,7 @@ def test_pairing_sees_what_the_intervals_of_each_do_not(tmp_path: Path) -> None:
     assert comparison.ties == []
     assert re.fullmatch(
         r"Ship better: tau [\d.]+ \(95 % interval .*\), [\d.]+ above the next, worse \(paired difference 0\.0.*\), "
-        r"which is beyond the luck of these conversations; .* more seeds tell\.",
+        r"which is beyond the luck of these 30 conversations; .* more seeds tell\.",
         headline(comparison),
     )
 
@@ -263,6 +264,39 @@ def test_keys_that_change_no_draft_make_no_recipe(tmp_path: Path) -> None:
             config = {"lr": lr, "seed": seed, "checkpoint_every": every}
             make_run(tmp_path / f"{seed},{lr}", evaluate(gain=lr), config=config)
     assert [recipe.name for recipe in read(tmp_path).recipes] == ["lr 0.002", "lr 0.001"]
+
+
+def test_drafts_of_other_data_are_other_recipes(tmp_path: Path) -> None:
+    """Measured on one cache, but trained from two."""
+    for seed in (0, 1):
+        for name in ("own", "theirs"):
+            folder = make_run(tmp_path / f"{name}{seed}", evaluate(gain=0.02 + seed / 100), config={"seed": seed})
+            with (folder / "config.toml").open("a") as file:
+                file.write(f'[data]\nfiles = ["{name}.jsonl"]\n')
+    assert [recipe.name for recipe in read(tmp_path).recipes] == ["files ['own.jsonl']", "files ['theirs.jsonl']"]
+
+
+def test_numbers_of_any_size_cost_no_page(tmp_path: Path) -> None:
+    """Each damages one run of two; the page is written, and says what could not be drawn."""
+    damaged = make_run(tmp_path / "damaged", evaluate())
+    make_run(tmp_path / "sound", evaluate(gain=0.01))
+    rows = [
+        {"kind": "train", "step": step, "loss": loss, "seconds": math.inf}
+        for step, loss in ((1, 1.7e308), (2, -1.7e308), (3, 10**400), (10**400, 1.0))
+    ]
+    (damaged / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (damaged / "config.toml").open("a") as file:
+        file.write(f"huge = 0x{'f' * 6000}\n")
+    numbers = json.loads((damaged / "evaluation.json").read_text())
+    numbers["scheduling"]["outlook"]["concurrencies"][0]["num_requests"] = 10**400
+    (damaged / "evaluation.json").write_text(json.dumps(numbers))
+    result = report(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "cannot be drawn: " in (tmp_path / "report.html").read_text()
+
+
+def test_names_do_not_steer_a_terminal() -> None:
+    assert readable("a\x1b[31mb\u202ec") == "a?[31mb?c"
 
 
 def test_several_seeds_of_one_config_are_summed_up(tmp_path: Path) -> None:

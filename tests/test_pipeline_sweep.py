@@ -138,6 +138,9 @@ def test_a_sweep_extracts_what_its_cache_lacks(tmp_path: Path) -> None:
     wrong.write_text(file.read_text().replace('"train.seed" = [0, 1]', '"train.lr" = ["fast"]'))
     assert "'fast'" in CliRunner().invoke(main, ["sweep", "--extract", str(wrong)]).output
     assert not (tmp_path / "cache").exists(), "extracted for a sweep that cannot be"
+    unsplit = CliRunner().invoke(main, ["sweep", "--extract", str(file), "--set", "data.validation_fraction=0"])
+    assert "data.validation_fraction: is 0" in unsplit.output
+    assert not (tmp_path / "cache").exists()
     again = run(file, "--extract")
     assert again.exit_code == 0, again.output
     assert "2 of 2 trials have ended: 2 complete" in again.output
@@ -316,6 +319,36 @@ def test_weights_that_break_fail_their_trial_alone(
     assert "trial 1 of 2" not in run(file).output
 
 
+def test_a_trial_that_fails_before_its_training_says_why(cached: Path, tmp_path: Path) -> None:
+    layers = '[sweep.parameters]\n"draft.target_layer_ids" = [[0, 1], [1]]'
+    result = run(write_sweep(cached, tmp_path, layers, train__max_steps=1))
+    assert result.exit_code == 0, result.output
+    assert "failed: draft.target_layer_ids: [0] are not in the cache" in " ".join(result.output.split())
+    record = read_trial(tmp_path / "run" / "target_layer_ids=0_1")
+    assert record is not None
+    assert record["state"] == "failed"
+    assert "are not in the cache" in record["reason"]
+
+
+def test_a_folder_that_is_a_run_too_is_a_sweep(cached: Path, tmp_path: Path) -> None:
+    file = write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0, 1]', train__max_steps=1)
+    assert run(file, command="train").exit_code == 0
+    result = run(file)
+    assert "2 of 2 trials have ended: 2 complete" in result.output
+    assert "seed=0" in result.output.split("held-out acceptance")[1]
+    both = CliRunner().invoke(main, ["report", *map(str, (tmp_path / "run").glob("seed=*"))])
+    assert both.exit_code == 1
+    assert "is a sweep, whose own report this would replace" in both.output
+
+
+def test_a_page_that_cannot_be_written_fails_no_sweep(cached: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "report.html").mkdir(parents=True)
+    result = run(write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0]', train__max_steps=1))
+    assert result.exit_code == 0, result.output
+    assert "the trials are complete, but the page could not be written: " in result.output
+    assert "report.html" in result.output
+
+
 def test_a_draft_that_cannot_be_evaluated_fails_its_trial_alone(
     cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,7 +357,8 @@ def test_a_draft_that_cannot_be_evaluated_fails_its_trial_alone(
 
     monkeypatch.setattr(desk_module, "evaluate_draft", evaluate)
     result = run(write_sweep(cached, tmp_path, '[sweep.grid]\n"train.seed" = [0]', train__max_steps=1))
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, "no trial is complete"
+    assert "Error: no trial is complete, and 1 failed" in result.output
     assert "trial 1 failed: sample 0: NaN" in result.output
     assert states(tmp_path / "run") == [TrialState.FAIL]
 

@@ -231,6 +231,8 @@ def test_a_section_varies_several_keys_at_once(base: Config, tmp_path: Path) -> 
     ("line", "message"),
     [
         ("draft = [1, 2]", "draft is a section: expected a list of tables"),
+        ("lr = [1, 2]", "lr: expected a section and a key with a point between"),
+        ('"train." = [1]', "expected a section and a key with a point between"),
         ("draft = [{ lr = 1 }]", "unknown key draft.lr"),
         ("train = [{}, { run_dir = 'elsewhere' }]", "train.run_dir cannot vary"),
         ("cache = [{}, { path = 'elsewhere' }]", "cache.path cannot vary"),

@@ -313,6 +313,8 @@ def test_an_address_and_one_back_end_are_needed(tmp_path: Path) -> None:
         with pytest.raises(SettingError) as told:
             run(config, url)
         assert f"got '{shown}'" in str(told.value)
+    with pytest.raises(SettingError, match=r"--endpoint http://a\.\..*/v1/@x: cannot be asked"):
+        run(config, "http://me:secret@a..\u00e9/v1/@x?key=secret")
     with pytest.raises(SettingError, match=r"--endpoint http://a\.\..*/v1: cannot be asked: .*see to the address"):
         run(config, "http://a..\u00e9/v1")
     for endpoint, is_local in ((None, False), ("http://x/v1", True)):

@@ -87,11 +87,10 @@ def headline(comparison: Comparison) -> str:
         return f"{best.name} has {_describe_tau(best)}; nothing to compare it with, since {_why_alone(comparison)}."
     if not comparison.ties:
         ahead = comparison.differences[str(others[0].folder)]
-        is_repeated = any(recipe.is_repeated and best in recipe.runs for recipe in comparison.recipes)
-        seeds = "" if is_repeated else "; how far a training seed moves it, only more seeds tell"
         return (
             f"Ship {best.name}: {_describe_tau(best)}, {ahead.mean:.3f} above the next, {others[0].name} (paired "
-            f"difference {ahead.low:.3f} to {ahead.high:.3f}), which is beyond the luck of these conversations{seeds}."
+            f"difference {ahead.low:.3f} to {ahead.high:.3f}), which is beyond the luck of these "
+            f"{_count_conversations(best)}{_describe_seeds(comparison, best)}."
         )
     if choice is best:
         names = join_names([run.name for run in comparison.ties])
@@ -105,6 +104,18 @@ def headline(comparison: Comparison) -> str:
         f"from the best ({_describe_size(choice)}). The highest tau has {best.name}, by {behind.mean:.3f}, which is "
         f"not beyond chance (paired difference {behind.low:.3f} to {behind.high:.3f})."
     )
+
+
+def _describe_seeds(comparison: Comparison, best: Run) -> str:
+    """What is known of the luck of the best run's seed."""
+    of_best = [recipe for recipe in comparison.recipes if recipe.is_repeated and best in recipe.runs]
+    if not of_best:
+        return "; how far a training seed moves it, only more seeds tell"
+    return "" if of_best[0] is comparison.recipes[0] else "; over seeds, another recipe is better"
+
+
+def _count_conversations(run: Run) -> str:
+    return count_of(0 if run.evaluation is None else len(run.evaluation.samples), "conversation")
 
 
 def describe_groups(comparison: Comparison) -> str | None:

@@ -25,6 +25,7 @@ LINES = ("-", "--", "-.", ":")
 FAINT = "#b0b0b0"
 MAX_PANELS = 4
 NAME_LENGTH = 48
+MAX_STEP = 2**53  # beyond it, a step is no float
 DPI = 110
 
 Styles = dict[Path, "Style"]
@@ -60,7 +61,17 @@ def draw_plots(runs: Sequence[Run], *, recipes: Sequence[Recipe] = ()) -> list[P
     """All plots of a report; `runs` in the order of the table."""
     styles = plan_styles(runs, recipes=recipes)
     drawings = (_taus, _losses, _validations, _acceptance, _reliability, _thresholds, _outlook)
-    return [draw(runs, styles) for draw in drawings]
+    return [_try(draw, runs, styles) for draw in drawings]
+
+
+def _try(draw: Callable[[Sequence[Run], Styles], Plot], runs: Sequence[Run], styles: Styles) -> Plot:
+    """The plot, or that its numbers cannot be drawn: those of a damaged file may be of any size."""
+    try:
+        with np.errstate(over="raise"):
+            return draw(runs, styles)
+    except (ArithmeticError, ValueError) as error:
+        name = draw.__name__.strip("_")
+        return Plot(key=name, title=name, text="", folders=(), png=None, missing=f"cannot be drawn: {error}")
 
 
 def plan_styles(runs: Sequence[Run], *, recipes: Sequence[Recipe] = ()) -> Styles:
@@ -213,7 +224,7 @@ def _outlook(runs: Sequence[Run], styles: Styles) -> Plot:
         speed.plot(requests, [row.scheduled.tokens_per_second for row in rows], **look)
         best = [row.fixed[row.best_length].tokens_per_second for row in rows]
         speed.plot(requests, best, color=style.colour, linestyle=":", alpha=0.8)
-        gain.plot(requests, [100 * row.gain for row in rows], color=style.colour, linestyle=style.line, marker="o")
+        gain.plot(requests, [100 * row.gain for row in rows], color=style.colour, marker="o")
     for axes in (speed, gain):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")
@@ -324,7 +335,8 @@ def _add_legend(axes: Axes) -> None:
 
 
 def _column(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    points = [(float(row["step"]), float(row[key])) for row in rows if isinstance(row.get(key), int | float)]
+    points = [(row["step"], float(row[key])) for row in rows if isinstance(row.get(key), float)]
+    points = [(float(step), value) for step, value in points if math.isfinite(value) and step < MAX_STEP]
     return [step for step, _ in points], [value for _, value in points]
 
 

@@ -14,8 +14,12 @@ from stages.evaluate.evaluation import Evaluation
 from stages.train.run import FREE_TRAIN_KEYS
 
 SEED = "train.seed"
-# All runs that are compared were measured on one cache, so target and data are the same.
-RECIPE_SECTIONS = {"draft", "objective", "train"}
+# What a draft is made of. Runs that are compared were measured on one cache, but may have been trained from others.
+RECIPE_SECTIONS = {"target", "data", "cache", "draft", "objective", "train"}
+FREE_KEYS = {
+    *(f"train.{key}" for key in FREE_TRAIN_KEYS),
+    "cache.io", "cache.checks", "cache.staging_bytes", "data.num_processes", "data.max_bad_fraction",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +126,7 @@ def _describe_taus(recipe: Recipe) -> str:
 
 
 def _makes_a_recipe(key: str) -> bool:
-    section, _, name = key.partition(".")
-    return section in RECIPE_SECTIONS and key != SEED and not (section == "train" and name in FREE_TRAIN_KEYS)
+    return key.partition(".")[0] in RECIPE_SECTIONS and key != SEED and key not in FREE_KEYS
 
 
 def _plan_names(points: Sequence[dict[str, Any]]) -> list[str]:

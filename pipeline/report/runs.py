@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.report.words import readable
-from pipeline.sweep.record import read_trial
+from pipeline.sweep.record import RECORD_FILE, read_trial
 from stages.errors import SettingError
 from stages.evaluate.evaluation import Evaluation, read_evaluation
 from stages.evaluate.records import EvaluationError
@@ -56,7 +56,8 @@ class Run:
     @property
     def seconds(self) -> float:
         """Seconds of the steps that led to the draft, without validations and checkpoints."""
-        return math.fsum(row["seconds"] for row in self.train_rows if isinstance(row.get("seconds"), float))
+        taken = (row.get("seconds") for row in self.train_rows)
+        return sum(value for value in taken if isinstance(value, float) and math.isfinite(value))
 
     @property
     def num_steps(self) -> int:
@@ -82,15 +83,19 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """The folder itself, if it is a run, or the runs right below it. Raises SettingError where there is none."""
+    """The trials right below a sweep's folder; else the folder itself, if it is a run; else the runs right below it.
+
+    Raises SettingError where there is none.
+    """
     if not path.is_dir():
         raise SettingError(f"{path}: no such run; name folders that dspark train or dspark sweep made")
-    if _is_run(path):
+    below = sorted(folder for folder in path.iterdir() if folder.is_dir() and _is_run(folder))
+    if _is_run(path) and not any((folder / RECORD_FILE).is_file() for folder in below):
         return [path]
-    found = sorted(folder for folder in path.iterdir() if folder.is_dir() and _is_run(folder))
+    found = below
     if not found:
         raise SettingError(
-            f"{path}: neither a run nor a sweep: it has none of {', '.join(RUN_FILES)}, nor a folder with"
+            f"{path}: neither a run nor a sweep: neither it nor a folder in it has one of {', '.join(RUN_FILES)}"
         )
     return found
 
@@ -152,6 +157,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """The run's resolved config, flat; empty where it cannot be read."""
     try:
         tables = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        json.dumps(tables, default=str)  # refuses numbers of thousands of digits
     except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s: %s; what differs from the other runs is not known", folder / "config.toml", error)
         return {}

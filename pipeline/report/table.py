@@ -42,7 +42,7 @@ def _runs(comparison: Comparison, *, name_width: int) -> Table:
             continue
         table.add_row(
             f"{found.tau:.3f} ({found.tau_low:.3f} to {found.tau_high:.3f})",
-            format_difference(comparison.difference(run)),
+            "best" if run is comparison.best else format_difference(comparison.difference(run)) or "not comparable",
             name,
         )
     return table
@@ -54,7 +54,9 @@ def _recipes(recipes: tuple[Recipe, ...]) -> Table:
     for recipe in recipes:
         ends = f": {min(recipe.taus):.3f} to {max(recipe.taus):.3f}" if recipe.is_repeated else ""
         seeds = f"{count_seeds(recipe)}{ends}"
-        table.add_row(f"{recipe.tau:.3f}", seeds, format_difference(recipe.difference), Text(recipe.name))
+        mean = f"{recipe.tau:.3f}" if recipe.is_repeated else ""
+        against = "best" if recipe is recipes[0] else format_difference(recipe.difference)
+        table.add_row(mean, seeds, against, Text(recipe.name or "this config"))
     return table
 
 

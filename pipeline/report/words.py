@@ -22,7 +22,7 @@ def format_value(value: Any) -> str:
     """A config value in few characters."""
     if value is None:
         return "default"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else readable(str(value))
 
 
 def describe_seconds(seconds: float) -> str:
@@ -34,5 +34,7 @@ def describe_seconds(seconds: float) -> str:
 
 
 def readable(text: str) -> str:
-    """The text as any terminal or file takes it: "?" for what is no character, as in names that are not UTF-8."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
+    """The text as any terminal or file takes it: "?" for what is no character, as in names that are not UTF-8, and for
+    what steers a terminal."""
+    text = text.encode("utf-8", errors="replace").decode("utf-8")
+    return "".join(char if char.isprintable() or char in "\n\u00a0" else "?" for char in text)

@@ -11,7 +11,7 @@ from pipeline.config import Config, to_toml
 from pipeline.stage_two import check_evaluation, evaluate_draft, open_cache, save_evaluation
 from pipeline.sweep.plan import Point, point_of
 from pipeline.sweep.provenance import describe_origin
-from pipeline.sweep.record import write_trial
+from pipeline.sweep.record import read_trial, write_trial
 from pipeline.sweep.study import ClaimedTrial, Trials
 from stages.train.interrupt import StopRequest
 from stages.whole_files import write_whole
@@ -64,10 +64,12 @@ class Desk:
         # a refused resume must not overwrite what the run was made from.
         if not (run_dir / "checkpoints").exists():
             write_whole(run_dir / "config.toml", to_toml(trial))
+        self._run_dir = run_dir
+        known = read_trial(run_dir) or {}
+        self._record = {"number": claimed.number + 1, "values": self._point, "origin": known.get("origin")}
         with open_cache(trial, layers=trial.draft.target_layer_ids) as reader:
             origin = describe_origin(trial, reader)
-        self._run_dir = run_dir
-        self._record = {"number": claimed.number + 1, "values": self._point, "origin": origin}
+        self._record["origin"] = origin
         claimed.handle.set_user_attr("run_dir", str(run_dir))
         claimed.handle.set_user_attr("origin", origin)
         write_trial(run_dir, {**self._record, "state": "started"})

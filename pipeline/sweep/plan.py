@@ -8,6 +8,7 @@ stay apart.
 import hashlib
 import itertools
 import json
+from collections import Counter
 from typing import Any
 
 import optuna
@@ -44,14 +45,20 @@ def sweep_section(config: Config) -> SweepSection:
                     "changes what is trained"
                 )
         if isinstance(values, list) and len({json.dumps(value) for value in values}) < len(values):
-            raise ConfigError(f"sweep: {key} has a value twice: {values}")
+            texts = Counter(json.dumps(value) for value in values)
+            raise ConfigError(f"sweep: {key} has a value twice: {texts.most_common(1)[0][0]}")
     return config.sweep
 
 
 def _swept_keys(key: str, values: list[Any] | RangeTable) -> list[str]:
     """The config keys that a parameter varies. Raises ConfigError."""
-    if "." in key:
+    if "." in key.strip("."):
         return [key]
+    if key not in Config.model_fields:
+        raise ConfigError(
+            f'sweep: {key}: expected a section and a key with a point between, as "train.lr", or one of the sections '
+            f"{', '.join(SWEPT_SECTIONS)}"
+        )
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise ConfigError(f"sweep: {key} is a section: expected a list of tables, such as [{{}}, {{ num_layers = 2 }}]")
     return sorted({f"{key}.{field}" for table in values for field in table}) or [f"{key}."]
@@ -96,7 +103,9 @@ def point_of(sweep: SweepSection, params: dict[str, Any]) -> Point:
 
 def trial_config(config: Config, point: Point, *, number: int) -> Config:
     """The config of one trial, with a run folder of its own below `train.run_dir`. Raises ConfigError."""
-    sweep = sweep_section(config)
+    sweep = config.sweep
+    if sweep is None:
+        raise AssertionError("a trial is one of a sweep")
     tables = config.model_dump(mode="json", exclude_none=True, exclude={"sweep"})
     name = name_trial(sweep, point, number=number)
     tables["train"]["run_dir"] = str(config.train.run_dir / name)

@@ -60,6 +60,12 @@ def check_sweep(config: Config, *, world: int) -> None:
     _check_table(config)
 
 
+def check_extraction(config: Config) -> None:
+    """Whether a cache that is extracted for the sweep would do. Raises ConfigError."""
+    if config.data.validation_fraction == 0:
+        raise ConfigError("data.validation_fraction: is 0, so that the trials of a sweep could not be compared")
+
+
 def open_sweep(config: Config) -> Trials:
     """The sweep's trials, once the cache is known to fit. Raises ConfigError, SettingError, CacheError."""
     with open_cache(config, layers=None) as reader:

@@ -76,7 +76,7 @@ class SweepSection(Section):
     name: str | None = Field(default=None, min_length=1)
     """The sweep's name in `storage`, and only there. Default: the name of the folder `train.run_dir`."""
 
-    @field_validator("parameters", mode="before")
+    @field_validator("parameters", "grid", mode="before")
     @classmethod
     def _check_forms(cls, parameters: Any) -> Any:
         """Say what a value is not, before it is read as a range that lacks everything."""

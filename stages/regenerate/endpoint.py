@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 from urllib.request import getproxies
 
 import openai
@@ -219,7 +219,10 @@ def open_client(url: str, *, section: RegenerateSection) -> AsyncOpenAI:
 
 
 def _without_login(url: str) -> str:
-    """The address without what stands before its host, which may be user and password."""
+    """The address without what may be a secret: user and password, and the query."""
+    if _is_address(url, schemes=("http", "https")):
+        parts = urlsplit(url)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     before, _, rest = url.rpartition("@")
     scheme = re.match(r"[a-z]+://", before)
     return (scheme.group() if scheme else "") + rest
