@@ -12,10 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import Config
-from pipeline.stage_one import settings_of
 from pipeline.stage_two import open_cache, train_draft
 from stages.errors import SettingError
-from stages.extract.run import extract
 from stages.train import memory
 from stages.train import run as training
 from stages.train.batches import plan_batches
@@ -28,22 +26,6 @@ from tiny_target import make_config
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny target and its cache: 16 training samples, so 4 steps an epoch."""
-    folder = tmp_path_factory.mktemp("cached")
-    extract(settings_of(make_config(folder)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(cached: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps."""
-    config = make_config(cached, train__run_dir=tmp_path_factory.mktemp("trained") / "run")
-    train_draft(config)
-    return config.train.run_dir
 
 
 def test_the_memory_estimate_holds_against_a_measured_peak() -> None:

@@ -21,9 +21,7 @@ from safetensors.torch import load_file
 
 from pipeline.cli import main
 from pipeline.config import to_toml
-from pipeline.stage_one import settings_of
 from pipeline.stage_two import open_cache, train_draft
-from stages.extract.run import extract
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel, interrupt
 from stages.train import run as training
 from stages.train.anchors import choose_anchors
@@ -42,14 +40,6 @@ from tiny_target import make_config
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny target and its cache: 16 training samples, so 4 steps an epoch."""
-    folder = tmp_path_factory.mktemp("cached")
-    extract(settings_of(make_config(folder)))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -11,23 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import ConfigError
-from pipeline.stage_one import settings_of
 from pipeline.stage_two import NonFiniteScoreError, evaluate_draft, train_draft
 from stages.errors import SettingError
-from stages.extract.run import extract
 from stages.train.checkpoint import CheckpointError
 from stages.train.loop import NothingSupervisedError
 from stages.train.metrics import read_metrics
 from stages.train.settings import ObjectiveSection
 from storage import CacheReader
 from tiny_target import make_config
-
-
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cached")
-    extract(settings_of(make_config(folder)))
-    return folder
 
 
 @pytest.mark.parametrize("name", [".", "checkpoints", "checkpoints/step_00000002", "draft", "metrics.jsonl"])

@@ -38,14 +38,6 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny target and its cache, for tests that do not damage it."""
-    folder = tmp_path_factory.mktemp("cached")
-    extract(settings_of(make_config(folder)))
-    return folder
-
-
 def losses(run_dir: Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(run_dir) if row["kind"] == "train"]
 

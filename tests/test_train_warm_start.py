@@ -21,22 +21,6 @@ from stages.train.warm_start import load_initial_weights
 from tiny_target import make_config, save_tiny_target
 
 
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny target and its cache: 16 training samples, so 4 steps an epoch."""
-    folder = tmp_path_factory.mktemp("cached")
-    extract(settings_of(make_config(folder)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(cached: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps."""
-    config = make_config(cached, train__run_dir=tmp_path_factory.mktemp("trained") / "run")
-    train_draft(config)
-    return config.train.run_dir
-
-
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [row for row in read_metrics(run_dir) if row["kind"] == "train"]
 
