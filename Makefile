@@ -56,7 +56,7 @@ test: setup ## The tests, in some minutes.
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
 		--no-loadscope-reorder $(ARGS)
 
-bench: setup ## Time extraction, reading and training on this machine, half an hour; ARGS="sweep": sweeps.
+bench: setup ## Time extraction, reading and training on this machine; ARGS="sweep": sweeps.
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 clean: ## Remove what make built; runs/ stays.

@@ -34,7 +34,9 @@ def describe_seconds(seconds: float) -> str:
 
 
 def readable(text: str) -> str:
-    """The text as any terminal or file takes it: "?" for what is no character, as in names that are not UTF-8, and for
-    what steers a terminal."""
+    """The text as any terminal or file takes it.
+
+    "?" stands for what is no character, as in names that are not UTF-8, and for what steers a terminal.
+    """
     text = text.encode("utf-8", errors="replace").decode("utf-8")
-    return "".join(char if char.isprintable() or char in "\n\u00a0" else "?" for char in text)
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
