@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from pipeline import show
 from pipeline.config import Config, ConfigError, load_config, to_toml
-from pipeline.logs import configure_logs
+from pipeline.logs import configure_logs, console
 from stages.extract.settings import CacheSection
 from stages.extract.share import ALONE, Share
 from stages.whole_files import write_whole
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = Path("configs/embedded.toml")
 DEFAULT_SWEEP = Path("configs/sweep.toml")
 
-console = Console(soft_wrap=True, highlight=False)
+SHOWS_CONFIG = "dspark.show_config"
 
 
 class _PathOrAddress(click.Path):
@@ -40,9 +39,16 @@ class _PathOrAddress(click.Path):
 
 
 def _with_config(command: Callable[..., None], *, default: Path = DEFAULT_CONFIG) -> Callable[..., None]:
-    """The argument and option that every command has."""
+    """The argument and the options that every command has."""
     command = click.option(
         "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."
+    )(command)
+    command = click.option(
+        "--show-config",
+        is_flag=True,
+        expose_value=False,
+        callback=lambda context, _parameter, value: context.meta.update({SHOWS_CONFIG: value}),
+        help="First print the resolved config, every default filled in.",
     )(command)
     return click.argument("config", type=_PathOrAddress(path_type=Path), default=default)(command)
 
@@ -330,7 +336,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 def _load(file: Path, overrides: tuple[str, ...]) -> Config:
     config = load_config(file, overrides)
-    if Share.of_torchrun().rank == 0:
+    if click.get_current_context().meta[SHOWS_CONFIG] and Share.of_torchrun().rank == 0:
         click.echo(to_toml(config))
     return config
 

@@ -1,8 +1,10 @@
 """What the command line prints: tables and the numbers at the end of a run."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.inspection import Histogram, Inspection, StateSample
+from pipeline.logs import LINE_SECONDS
 from stages.evaluate.evaluation import Evaluation, Scheduling
 from stages.extract.price import Price
 from stages.extract.run import ExtractResult
@@ -139,12 +142,23 @@ def _auc(value: float | None) -> str:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal's stderr, nothing elsewhere; gives a function of (done, total)."""
+    """A bar on a terminal's stderr, a line every ten seconds elsewhere; gives a function of (done, total)."""
     console = Console(stderr=True)
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    started = reported = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def show(done: int, total: int) -> None:
+            nonlocal reported
+            progress.update(task, completed=done, total=total)
+            now = time.monotonic()
+            if not console.is_terminal and done and now - reported >= LINE_SECONDS:
+                reported = now
+                eta = timedelta(seconds=int((now - started) * (total - done) / done))
+                console.print(f"{title} {done:,}/{total:,}  ETA {eta}", markup=False, highlight=False)
+
+        yield show
 
 
 def verify_report(console: Console, report: VerifyReport) -> None:

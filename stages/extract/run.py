@@ -268,7 +268,7 @@ def commit_shards(
     head_VD = parts.lm_head.weight
     for shard in compute_shards(writer, missing, compute=compute, head_VD=head_VD, extract=settings.extract):
         computed.append(shard)
-        logger.info("%s", progress.after_shard(shard))
+        progress.log_shard(shard)
     return computed
 
 
