@@ -37,6 +37,7 @@ from stages.train.run import TrainResult, objective_arguments, train
 from stages.train.validation import Judge, Validate
 from stages.train.warm_start import COMPARED_ROWS, same_rows
 from storage import CacheIdentity, CacheReader, check_identity
+from storage.progress import Meter
 
 logger = logging.getLogger(__name__)
 
@@ -262,12 +263,14 @@ def _iterate_scores(
     fill = repeat(EMPTY_BATCH, -(-len(indices) // ranks.world) - len(own))
     was_training = module.training
     module.eval()
+    meter = Meter(logger, "measuring", total=len(own), unit="conversations")
     for batch in chain(batches, fill):
         stop.check(ranks)
         with compute_dtype(ranks.device, config.train.dtype):
             scores = module.score(**gather_batch(reader, batch, device=ranks.device))
         for sample_id in batch.sample_ids:  # one, or none in an empty batch
             yield sample_id, _checked(_to_cpu(scores), sample_id=sample_id)
+            meter.advance()
     module.train(was_training)
 
 

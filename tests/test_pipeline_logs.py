@@ -8,7 +8,8 @@ from rich.console import Console
 
 from pipeline import logs
 from pipeline.logs import ConsoleHandler, LinePacer
-from storage.progress import Position, log_position
+from storage import progress
+from storage.progress import Meter, Position, log_position, position_of
 
 
 @pytest.fixture
@@ -75,3 +76,20 @@ def test_on_a_terminal_a_live_bar_that_leaves_the_last_line() -> None:
     assert lines_of(console)[-1].strip().endswith("step 100  the end")
     assert shown.count("\x1b[?25l") == 1, "the cursor is hidden once"
     assert console.file.getvalue().count("\x1b[?25h") == 1, "and comes back"  # type: ignore[attr-defined]
+
+
+def test_a_meter_says_nothing_of_short_work_and_then_where_it_stands(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [50.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    meter = Meter(logging.getLogger("metered"), "measuring", total=10, unit="conversations")
+    caplog.set_level(logging.INFO)
+    now[0] += 1
+    meter.advance(2)
+    assert not caplog.records
+    now[0] += 3
+    meter.advance(2)
+    (record,) = caplog.records
+    assert record.getMessage() == "measuring 4/10 conversations  1.0 a second"
+    assert position_of(record) == Position(name="measuring", done=4, total=10, eta_seconds=6.0)
