@@ -232,9 +232,10 @@ def open_states(
         record = records[spec.name]
         file = kind(folder, spec.data_name, num_bytes=record.file_bytes, hint=hint)
         arrays.append(StoredArray(file, spec, record, access, hint=hint))
-    if encoding.scaling is None:
+    scaling = specs[0].scaling
+    if scaling is None:
         return arrays[0]
-    return ScaledStates(arrays[0], arrays[1], scaling=encoding.scaling, dtype=encoding.torch_dtype)
+    return ScaledStates(arrays[0], arrays[1], scaling=scaling, dtype=encoding.torch_dtype)
 
 
 def _open(root: Path, name: str, *, num_bytes: int, hint: str) -> int:
