@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from storage import layout
 from storage.codecs import BLOSC_MAX_OVERHEAD, blosc_metadata
-from storage.encodings import BFLOAT16, INNER_TOKENS, Element
+from storage.encodings import BFLOAT16, INNER_TOKENS, Element, Scaling
 from storage.errors import CacheCorruptError, CacheUsageError
 from storage.files import Bytes, crc32c_hex, disk_errors, sync_directory, write_all, write_durable
 from storage.manifest import CacheHeader
@@ -26,7 +26,10 @@ from storage.manifest import CacheHeader
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySpec:
-    """An array [num_rows, *row_shape], cut into inner chunks of ``chunk_rows`` rows."""
+    """An array [num_rows, *row_shape], cut into inner chunks of ``chunk_rows`` rows.
+
+    ``scaling`` is that of an array of states which has an array of scales.
+    """
 
     name: str
     num_rows: int
@@ -35,6 +38,7 @@ class ArraySpec:
     element: Element
     chunk_rows: int = INNER_TOKENS
     compressed: bool = False
+    scaling: Scaling | None = None
     attributes: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -138,23 +142,34 @@ def plan_arrays(header: CacheHeader, num_tokens: int) -> tuple[ArraySpec, ...]:
         num_tokens=num_tokens,
         axes={"layer": len(layers), "hidden": hidden_size},
         attributes={"layers": list(layers)},
+        scaling=header.encoding.scaling,
     )
     last = _plan_states(
-        layout.LAST_HIDDEN_STATES, header, num_tokens=num_tokens, axes={"hidden": hidden_size}, attributes={}
+        layout.LAST_HIDDEN_STATES,
+        header,
+        num_tokens=num_tokens,
+        axes={"hidden": hidden_size},
+        attributes={},
+        scaling=header.encoding.last_scaling,
     )
-    if header.encoding.scaling == "none":
-        return hidden, last
-    return hidden, last, _plan_scales(hidden, header), _plan_scales(last, header)
+    return hidden, last, *(_plan_scales(spec, spec.scaling) for spec in (hidden, last) if spec.scaling)
 
 
 def _plan_states(
-    name: str, header: CacheHeader, *, num_tokens: int, axes: Mapping[str, int], attributes: Mapping[str, object]
+    name: str,
+    header: CacheHeader,
+    *,
+    num_tokens: int,
+    axes: Mapping[str, int],
+    attributes: Mapping[str, object],
+    scaling: Scaling | None,
 ) -> ArraySpec:
     encoding = header.encoding
     scales: dict[str, object] = {}
-    if encoding.scaling != "none":
-        tokens = INNER_TOKENS if encoding.scaling == "chunk" else 1
-        scales = {"scale": layout.scale_name(name), "tokens_per_scale": tokens}
+    if scaling is not None:
+        scales = {"scale": layout.scale_name(name), "tokens_per_scale": scaling.tokens}
+        if scaling.channels is not None and scaling.channels > 1:
+            scales["channels_per_scale"] = scaling.channels
     return ArraySpec(
         name=name,
         num_rows=num_tokens,
@@ -162,17 +177,23 @@ def _plan_states(
         dimension_names=("token", *axes),
         element=encoding.element,
         compressed=encoding.compressed,
+        scaling=scaling,
         attributes={**attributes, **scales},
     )
 
 
-def _plan_scales(states: ArraySpec, header: CacheHeader) -> ArraySpec:
-    by_chunk = header.encoding.scaling == "chunk"
+def _plan_scales(states: ArraySpec, scaling: Scaling) -> ArraySpec:
+    *row_shape, hidden_size = states.row_shape
+    *names, hidden_name = states.dimension_names[1:]
+    if scaling.channels is not None:
+        row_shape.append(scaling.num_groups(hidden_size))
+        names.append(hidden_name if scaling.channels == 1 else "group")
+    by_chunk = scaling.tokens == INNER_TOKENS
     return ArraySpec(
         name=layout.scale_name(states.name),
         num_rows=states.num_chunks if by_chunk else states.num_rows,
-        row_shape=states.row_shape if by_chunk else states.row_shape[:-1],
-        dimension_names=("chunk", *states.dimension_names[1:]) if by_chunk else states.dimension_names[:-1],
+        row_shape=tuple(row_shape),
+        dimension_names=("chunk" if by_chunk else "token", *names),
         element=BFLOAT16,
         chunk_rows=1 if by_chunk else INNER_TOKENS,
     )
