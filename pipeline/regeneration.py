@@ -103,7 +103,10 @@ def _parse_prompt(number: int, row: Row, *, section: RegenerateSection) -> Promp
     if chat is None:
         raise BadRowError("no column messages or conversations, so nothing that could be answered")
     source = f"{row.file} row {row.row}"
-    return plan_prompt(number, chat.messages, turns=section.turns, tools=chat.tools, source=source)
+    messages = [
+        message | ({"weight": 0} if index in chat.unsupervised else {}) for index, message in enumerate(chat.messages)
+    ]  # a turn that is kept stays out of the loss
+    return plan_prompt(number, messages, turns=section.turns, tools=chat.tools, source=source)
 
 
 def _digest_prompts(prompts: Callable[..., Iterator[Prompt]], config: Config) -> PromptDigest:
