@@ -25,8 +25,8 @@ from stages.extract.price import (
     free_bytes,
     price_tiers,
 )
-from stages.extract.rows import digest_files, expand_files, read_rows
-from stages.extract.samples import SampleCounts, plan_samples
+from stages.extract.rows import DataError, digest_files, expand_files, read_rows
+from stages.extract.samples import RowPlanner, SampleCounts, plan_samples
 from stages.extract.self_check import check_batching, check_head
 from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
 from stages.extract.shards import ComputeStates, Progress, compute_shards
@@ -66,7 +66,7 @@ class Settings:
 class Inputs:
     """Everything known before a token is read: the target's folder, config and tokenizer, the files, the identity.
 
-    `data` is the config's section with `max_length` filled in.
+    `data` is the config's section with `max_length` filled in and the files of validation named one by one.
     """
 
     folder: Path
@@ -97,6 +97,7 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     Raises TargetError, DataError or ValueError.
     """
     target, data = settings.target, settings.data
+    files, validation_files = find_files(data)
     folder = targets.locate_target(target)
     config = targets.load_config(folder, trust_remote_code=target.trust_remote_code)
     tokenizer = targets.load_tokenizer(folder, target=target, chat_template=data.chat_template)
@@ -104,7 +105,6 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     layers = settings.cache.layers or default_layers(num_layers)
     check_layers(layers, num_target_layers=num_layers, key="cache.layers")
     max_length = choose_max_length(data.max_length, config)
-    files = tuple(expand_files(data.files))
     scale, softcap = logit_transform(config)
     identity = CacheIdentity(
         target_config_digest=targets.digest_config(config),
@@ -127,15 +127,25 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
         provenance={
             "target": target.model,
             "revision": target.revision or "",
-            "data": " ".join(data.files),
+            "data": " ".join((*data.files, *data.validation_files)),
             "host": platform.node(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            **describe_regeneration(files, identity=identity),
+            **describe_regeneration((*files, *validation_files), identity=identity),
         },
     )
-    data = data.model_copy(update={"max_length": max_length})
+    data = data.model_copy(update={"max_length": max_length, "validation_files": validation_files})
     return Inputs(folder=folder, config=config, tokenizer=tokenizer, files=files, data=data, header=header)
+
+
+def find_files(data: DataSection) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files of `data.files` and of `data.validation_files`. Raises DataError, also for a file that is in both."""
+    files = tuple(expand_files(data.files))
+    held_out = tuple(expand_files(data.validation_files, key="data.validation_files"))
+    both = sorted(set(files) & set(held_out))
+    if both:
+        raise DataError(f"data.validation_files: in data.files too: {', '.join(both)}; name each file once")
+    return files, held_out
 
 
 def configured_identity(settings: Settings) -> dict[str, Any]:
@@ -155,14 +165,18 @@ def configured_identity(settings: Settings) -> dict[str, Any]:
 
 def iterate_samples(inputs: Inputs, settings: Settings, *, counts: SampleCounts) -> Iterator[PlannedSample]:
     """The samples of the cache in source order; `counts` says afterwards what was left out and why."""
+    rows = read_rows((*inputs.data.validation_files, *inputs.files))
+    return plan_samples(rows, planner=make_planner(inputs, settings), counts=counts)
+
+
+def make_planner(inputs: Inputs, settings: Settings) -> RowPlanner:
+    """What makes samples of rows."""
     eos = targets.eos_token_ids(inputs.folder, inputs.config)
-    tokenizer = SampleTokenizer(inputs.tokenizer, supervise=settings.data.supervise, eos_token_ids=eos)
-    return plan_samples(
-        read_rows(inputs.files),
-        tokenizer=tokenizer,
+    return RowPlanner(
+        tokenizer=SampleTokenizer(inputs.tokenizer, supervise=settings.data.supervise, eos_token_ids=eos),
         data=inputs.data,
         mask_token_id=inputs.header.mask_token_id,
-        counts=counts,
+        vocab_size=inputs.header.vocab_size,
     )
 
 
