@@ -34,6 +34,7 @@ from stages.extract.share import ALONE, Share
 from stages.extract.tokenize import SampleTokenizer
 from stages.target_config import check_layers, choose_max_length, default_layers, logit_transform
 from storage import (
+    FORMAT_VERSION,
     CacheHeader,
     CacheIdentity,
     CacheNotFoundError,
@@ -107,6 +108,8 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     max_length = choose_max_length(data.max_length, config)
     scale, softcap = logit_transform(config)
     identity = CacheIdentity(
+        format_version=FORMAT_VERSION,
+        validation_digest=digest_files(validation_files) if validation_files else None,
         target_config_digest=targets.digest_config(config),
         target_weights_digest=targets.digest_weights(folder) if with_weights else "",
         tokenizer_digest=targets.digest_tokenizer(tokenizer),
@@ -158,6 +161,7 @@ def configured_identity(settings: Settings) -> dict[str, Any]:
         "overlong": settings.data.overlong,
         "supervise": settings.data.supervise,
         "min_supervised_tokens": settings.data.min_supervised_tokens,
+        "max_samples": settings.data.max_samples,
         "validation_fraction": settings.data.validation_fraction,
         "max_batch_tokens": settings.extract.max_batch_tokens,
     }

@@ -105,7 +105,7 @@ class RowPlanner:
 
     tokenizer: SampleTokenizer
     data: DataSection
-    mask_token_id: int
+    mask_token_id: int | None
     vocab_size: int
 
     def __call__(self, numbered: tuple[int, Row]) -> Outcome:
@@ -132,7 +132,7 @@ class RowPlanner:
             return Outcome(row=place, dropped=reason, is_truncated=is_truncated)
         if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size:
             raise BadRowError(f"a token id outside the target's embedding of {self.vocab_size} rows")
-        if self.mask_token_id in input_ids:
+        if self.mask_token_id is not None and self.mask_token_id in input_ids:
             raise BadRowError(f"contains the mask token {self.mask_token_id}; choose another draft.mask_token_id")
         sample = PlannedSample(
             sample_id=sample_id,

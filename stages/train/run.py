@@ -81,7 +81,7 @@ def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
         num_draft_layers=draft.num_layers,
         block_size=draft.block_size,
         target_layer_ids=reader.layers,
-        mask_token_id=reader.manifest.header.mask_token_id if draft.mask_token_id is None else draft.mask_token_id,
+        mask_token_id=_choose_mask_token(draft, reader),
         num_anchors=draft.num_anchors,
         markov_rank=draft.markov_rank,
         markov_head_type=draft.markov_head_type,
@@ -89,6 +89,16 @@ def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
         confidence_head_with_markov=draft.confidence_head_with_markov,
         intermediate_size=draft.intermediate_size,
     )
+
+
+def _choose_mask_token(draft: DraftSection, reader: CacheReader) -> int:
+    cached = reader.manifest.header.mask_token_id
+    chosen = cached if draft.mask_token_id is None else draft.mask_token_id
+    if chosen is None:
+        raise SettingError(
+            "draft.mask_token_id: the cache's target has no mask token; name an id that no conversation contains"
+        )
+    return chosen
 
 
 def build_draft(
