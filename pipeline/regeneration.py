@@ -62,7 +62,7 @@ def regenerate(config: Config, *, endpoint: str | None, is_local: bool) -> Regen
     section, folder = config.regenerate, config.regenerate.path
     if folder is None:
         raise SettingError("no folder for the answers; give --out, or regenerate.path in the config")
-    asked = _describe_target(config)
+    asked = describe_target(config)
     files = expand_files(config.data.files)
     prompts = partial(read_prompts, files, section=section)
     manifest = RegenerationManifest(
@@ -128,7 +128,8 @@ def _digest_prompts(prompts: Callable[..., Iterator[Prompt]], config: Config) ->
     return digest
 
 
-def _describe_target(config: Config) -> Asked:
+def describe_target(config: Config) -> Asked:
+    """What the answers depend on, without weights. Raises StageError of some family."""
     folder = targets.locate_target(config.target)
     target_config = targets.load_config(folder, trust_remote_code=config.target.trust_remote_code)
     return Asked(

@@ -34,6 +34,16 @@ class Row:
     error: str | None = None
 
 
+def find_files(patterns: Iterable[str], validation_patterns: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files of `data.files` and of `data.validation_files`. Raises DataError, also for a file that is in both."""
+    files = tuple(expand_files(patterns))
+    held_out = tuple(expand_files(validation_patterns, key="data.validation_files"))
+    both = sorted(set(files) & set(held_out))
+    if both:
+        raise DataError(f"data.validation_files: in data.files too: {', '.join(both)}; name each file once")
+    return files, held_out
+
+
 def expand_files(patterns: Iterable[str], *, key: str = "data.files") -> list[str]:
     """All files that the patterns of a config key name, in the order given and sorted within a pattern.
 

@@ -25,7 +25,7 @@ from stages.extract.price import (
     free_bytes,
     price_tiers,
 )
-from stages.extract.rows import DataError, digest_files, expand_files, read_rows
+from stages.extract.rows import digest_files, find_files, read_rows
 from stages.extract.samples import RowPlanner, SampleCounts, plan_samples
 from stages.extract.self_check import check_batching, check_head
 from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
@@ -98,7 +98,7 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     Raises TargetError, DataError or ValueError.
     """
     target, data = settings.target, settings.data
-    files, validation_files = find_files(data)
+    files, validation_files = find_files(data.files, data.validation_files)
     folder = targets.locate_target(target)
     config = targets.load_config(folder, trust_remote_code=target.trust_remote_code)
     tokenizer = targets.load_tokenizer(folder, target=target, chat_template=data.chat_template)
@@ -139,16 +139,6 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     )
     data = data.model_copy(update={"max_length": max_length, "validation_files": validation_files})
     return Inputs(folder=folder, config=config, tokenizer=tokenizer, files=files, data=data, header=header)
-
-
-def find_files(data: DataSection) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The files of `data.files` and of `data.validation_files`. Raises DataError, also for a file that is in both."""
-    files = tuple(expand_files(data.files))
-    held_out = tuple(expand_files(data.validation_files, key="data.validation_files"))
-    both = sorted(set(files) & set(held_out))
-    if both:
-        raise DataError(f"data.validation_files: in data.files too: {', '.join(both)}; name each file once")
-    return files, held_out
 
 
 def configured_identity(settings: Settings) -> dict[str, Any]:
