@@ -15,6 +15,7 @@ import click
 from pipeline import show
 from pipeline.config import Config, ConfigError, load_config, to_toml
 from pipeline.logs import configure_logs, console
+from stages.extract.rows import find_files
 from stages.extract.settings import CacheSection
 from stages.extract.share import ALONE, Share
 from stages.whole_files import write_whole
@@ -87,11 +88,14 @@ def main(verbose: bool) -> None:
 @_with_config
 def estimate(config: Path, overrides: tuple[str, ...]) -> None:
     """Print what an extraction would cost: samples, tokens, bytes, hours. Needs no weights."""
+    settings = _load(config, overrides, reads_data=True)
     from pipeline import stage_one
 
-    settings = _load(config, overrides)
-    price, counts = stage_one.estimate(settings)
-    show.price(console, price, counts)
+    priced = stage_one.estimate(settings)
+    if isinstance(priced, tuple):
+        show.price(console, *priced)
+    else:
+        show.regeneration_price(console, priced)
 
 
 @main.command()
@@ -105,9 +109,10 @@ def regenerate(config: Path, overrides: tuple[str, ...], endpoint: str | None, l
 
     The key of an endpoint is OPENAI_API_KEY of the environment. SIGTERM, or Ctrl-C, ends it; a second one at once.
     """
+    loaded = _load(config, overrides, reads_data=True)
     from pipeline import regeneration
 
-    settings = regeneration.with_options(_load(config, overrides), **options)
+    settings = regeneration.with_options(loaded, **options)
     regeneration.show_result(console, regeneration.regenerate(settings, endpoint=endpoint, is_local=local))
 
 
@@ -119,9 +124,9 @@ def extract(config: Path, overrides: tuple[str, ...], part: str | None) -> None:
 
     Under torchrun the ranks share the work.
     """
+    settings = _load(config, overrides, reads_data=True)
     from pipeline import ranks
 
-    settings = _load(config, overrides)
     share = Share.of_torchrun() if part is None else Share.parse_part(part)
     ranks.leave_to_child(settings.cache.folder)
     _extract(settings, share=share)
@@ -334,8 +339,11 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     write_report(runs, out=out, console=console)
 
 
-def _load(file: Path, overrides: tuple[str, ...]) -> Config:
+def _load(file: Path, overrides: tuple[str, ...], *, reads_data: bool = False) -> Config:
+    """The config; what `reads_data` looks for its files before it imports what takes seconds."""
     config = load_config(file, overrides)
+    if reads_data:
+        find_files(config.data.files, config.data.validation_files)
     if click.get_current_context().meta[SHOWS_CONFIG] and Share.of_torchrun().rank == 0:
         click.echo(to_toml(config))
     return config

@@ -62,7 +62,7 @@ def regenerate(config: Config, *, endpoint: str | None, is_local: bool) -> Regen
     section, folder = config.regenerate, config.regenerate.path
     if folder is None:
         raise SettingError("no folder for the answers; give --out, or regenerate.path in the config")
-    asked = _describe_target(config)
+    asked = describe_target(config)
     files = expand_files(config.data.files)
     prompts = partial(read_prompts, files, section=section)
     manifest = RegenerationManifest(
@@ -103,7 +103,10 @@ def _parse_prompt(number: int, row: Row, *, section: RegenerateSection) -> Promp
     if chat is None:
         raise BadRowError("no column messages or conversations, so nothing that could be answered")
     source = f"{row.file} row {row.row}"
-    return plan_prompt(number, chat.messages, turns=section.turns, tools=chat.tools, source=source)
+    messages = [
+        message | ({"weight": 0} if index in chat.unsupervised else {}) for index, message in enumerate(chat.messages)
+    ]  # a turn that is kept stays out of the loss
+    return plan_prompt(number, messages, turns=section.turns, tools=chat.tools, source=source)
 
 
 def _digest_prompts(prompts: Callable[..., Iterator[Prompt]], config: Config) -> PromptDigest:
@@ -125,7 +128,8 @@ def _digest_prompts(prompts: Callable[..., Iterator[Prompt]], config: Config) ->
     return digest
 
 
-def _describe_target(config: Config) -> Asked:
+def describe_target(config: Config) -> Asked:
+    """What the answers depend on, without weights. Raises StageError of some family."""
     folder = targets.locate_target(config.target)
     target_config = targets.load_config(folder, trust_remote_code=config.target.trust_remote_code)
     return Asked(

@@ -1,12 +1,14 @@
 """What the command line prints: tables and the numbers at the end of a run."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -14,13 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.inspection import Histogram, Inspection, StateSample
 from pipeline.logs import LINE_SECONDS
-from stages.evaluate.evaluation import Evaluation, Scheduling
-from stages.extract.price import Price
-from stages.extract.run import ExtractResult
-from stages.extract.samples import SampleCounts
 from storage import ENCODINGS, CacheReader, RepairReport, TransferResult, VerifyReport
+
+if TYPE_CHECKING:  # what these import takes seconds
+    from pipeline.inspection import Histogram, Inspection, StateSample
+    from pipeline.regeneration_price import RegenerationPrice
+    from stages.evaluate.evaluation import Evaluation, Scheduling
+    from stages.extract.price import Price
+    from stages.extract.run import ExtractResult
+    from stages.extract.samples import SampleCounts
 
 SHOWN_CONCURRENCIES = (1, 32, 256)
 _LEFT: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
@@ -31,6 +36,8 @@ def price(console: Console, price: Price, counts: SampleCounts) -> None:
     table = _table("price of the cache")
     table.add_row("samples", f"{price.num_samples:,} of {counts.num_rows:,} rows")
     table.add_row("tokens", f"{price.num_tokens:,} ({price.num_supervised:,} supervised)")
+    for split, number in sorted(counts.split_samples.items()):
+        table.add_row(f"split {split}", _split_share(number, counts.split_tokens[split], counts.num_tokens))
     table.add_row("layers", f"{', '.join(map(str, price.layers))} and the last state")
     table.add_row("tokens a sample", f"{price.max_length:,} at most")
     table.add_row("bytes a token", f"{price.bytes_per_token:,}")
@@ -54,6 +61,24 @@ def price(console: Console, price: Price, counts: SampleCounts) -> None:
         console.print(f"  {line}", markup=False)
 
 
+def _split_share(num_samples: int, num_tokens: int, num_all_tokens: int) -> str:
+    share = f"{num_tokens / num_all_tokens:.1%} of the tokens"
+    return f"{count_of(num_samples, 'sample')}, {count_of(num_tokens, 'token')}, {share}"
+
+
+def regeneration_price(console: Console, price: RegenerationPrice) -> None:
+    """What the answers to prompts would cost."""
+    table = _table("price of the answers: no row has one yet")
+    table.add_row("prompts", f"{price.num_prompts:,}, {count_of(price.num_prompt_tokens, 'token')}")
+    table.add_row("answers", f"at most {count_of(price.max_answer_tokens, 'token')}; regenerate.max_tokens bounds them")
+    rate = f"assuming that decoding reaches {price.utilisation:.0%} of its matrix rate"
+    table.add_row("time", f"at most about {_hours(price.hours)} on this machine's {price.device}, {rate}")
+    for reason, count in price.unusable.items():
+        table.add_row("left out", Text(printable(f"{count:,} x {reason}")))
+    table.add_row("next", "dspark regenerate, with --local or --endpoint, then estimate again on its files")
+    console.print(table)
+
+
 def extraction(console: Console, result: ExtractResult) -> None:
     """What an extraction did."""
     plan = result.plan
@@ -75,6 +100,10 @@ def extraction(console: Console, result: ExtractResult) -> None:
         f"{result.num_tokens:,} tokens in {result.seconds:,.1f} s ({rate:,.0f} tokens/s), {size}",
         markup=False,
     )
+    summary = plan.manifest.plan
+    for split, counts in summary.splits.items():
+        share = _split_share(counts.num_samples, counts.num_tokens, summary.num_tokens)
+        console.print(f"split {split}: {share}", markup=False)
     if result.num_excluded:
         console.print(f"{result.num_excluded} samples with non-finite states were quarantined", markup=False)
 

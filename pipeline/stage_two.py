@@ -99,7 +99,8 @@ def _wanted_identity(config: Config, *, cached: CacheIdentity) -> CacheIdentity:
         known["layers"] = config.cache.layers
     if cached.imported_from:
         return _wanted_import(settings, known, cached=cached)
-    data_at_hand = all(glob.glob(pattern, recursive=True) for pattern in config.data.files)  # none for an address
+    patterns = (*config.data.files, *config.data.validation_files)
+    data_at_hand = all(glob.glob(pattern, recursive=True) for pattern in patterns)  # none for an address
     if Path(config.target.model).is_dir() and data_at_hand:
         return describe_inputs(settings).header.identity
     logger.info("target or data are no local files here: the cache is compared with the config's own values only")

@@ -25,8 +25,8 @@ from stages.extract.price import (
     free_bytes,
     price_tiers,
 )
-from stages.extract.rows import digest_files, expand_files, read_rows
-from stages.extract.samples import SampleCounts, plan_samples
+from stages.extract.rows import digest_files, find_files, read_rows
+from stages.extract.samples import RowPlanner, SampleCounts, plan_samples
 from stages.extract.self_check import check_batching, check_head
 from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
 from stages.extract.shards import ComputeStates, Progress, compute_shards
@@ -67,7 +67,7 @@ class Settings:
 class Inputs:
     """Everything known before a token is read: the target's folder, config and tokenizer, the files, the identity.
 
-    `data` is the config's section with `max_length` filled in.
+    `data` is the config's section with `max_length` filled in and the files of validation named one by one.
     """
 
     folder: Path
@@ -98,6 +98,7 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     Raises TargetError, DataError or ValueError.
     """
     target, data = settings.target, settings.data
+    files, validation_files = find_files(data.files, data.validation_files)
     folder = targets.locate_target(target)
     config = targets.load_config(folder, trust_remote_code=target.trust_remote_code)
     tokenizer = targets.load_tokenizer(folder, target=target, chat_template=data.chat_template)
@@ -105,12 +106,10 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     layers = settings.cache.layers or default_layers(num_layers)
     check_layers(layers, num_target_layers=num_layers, key="cache.layers")
     max_length = choose_max_length(data.max_length, config)
-    files = tuple(expand_files(data.files))
     scale, softcap = logit_transform(config)
     identity = CacheIdentity(
         format_version=FORMAT_VERSION,
-        max_samples=None,
-        validation_digest=None,
+        validation_digest=digest_files(validation_files) if validation_files else None,
         target_config_digest=targets.digest_config(config),
         target_weights_digest=targets.digest_weights(folder) if with_weights else "",
         tokenizer_digest=targets.digest_tokenizer(tokenizer),
@@ -131,14 +130,14 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
         provenance={
             "target": target.model,
             "revision": target.revision or "",
-            "data": " ".join(data.files),
+            "data": " ".join((*data.files, *data.validation_files)),
             "host": platform.node(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            **describe_regeneration(files, identity=identity),
+            **describe_regeneration((*files, *validation_files), identity=identity),
         },
     )
-    data = data.model_copy(update={"max_length": max_length})
+    data = data.model_copy(update={"max_length": max_length, "validation_files": validation_files})
     return Inputs(folder=folder, config=config, tokenizer=tokenizer, files=files, data=data, header=header)
 
 
@@ -152,6 +151,7 @@ def configured_identity(settings: Settings) -> dict[str, Any]:
         "overlong": settings.data.overlong,
         "supervise": settings.data.supervise,
         "min_supervised_tokens": settings.data.min_supervised_tokens,
+        "max_samples": settings.data.max_samples,
         "validation_fraction": settings.data.validation_fraction,
         "max_batch_tokens": settings.extract.max_batch_tokens,
     }
@@ -159,14 +159,18 @@ def configured_identity(settings: Settings) -> dict[str, Any]:
 
 def iterate_samples(inputs: Inputs, settings: Settings, *, counts: SampleCounts) -> Iterator[PlannedSample]:
     """The samples of the cache in source order; `counts` says afterwards what was left out and why."""
+    rows = read_rows((*inputs.data.validation_files, *inputs.files))
+    return plan_samples(rows, planner=make_planner(inputs, settings), counts=counts)
+
+
+def make_planner(inputs: Inputs, settings: Settings) -> RowPlanner:
+    """What makes samples of rows."""
     eos = targets.eos_token_ids(inputs.folder, inputs.config)
-    tokenizer = SampleTokenizer(inputs.tokenizer, supervise=settings.data.supervise, eos_token_ids=eos)
-    return plan_samples(
-        read_rows(inputs.files),
-        tokenizer=tokenizer,
+    return RowPlanner(
+        tokenizer=SampleTokenizer(inputs.tokenizer, supervise=settings.data.supervise, eos_token_ids=eos),
         data=inputs.data,
         mask_token_id=inputs.header.mask_token_id,
-        counts=counts,
+        vocab_size=inputs.header.vocab_size,
     )
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from stages.regenerate.prompts import Message
+from stages.thinking import name_thinking
 
 NO_ROOM = "the prompt leaves no room in data.max_length"
 
@@ -27,7 +28,12 @@ class PromptRenderer:
         """Whether the template renders a text that some message of the conversation carries. Raises RenderError."""
         return text.strip() in str(self._apply(messages, tools=tools, tokenize=False))
 
-    def _apply(self, messages: list[Message], **options: Any) -> Any:
+    def _apply(self, messages: list[Message], *, tools: list[Any] | None, **options: Any) -> Any:
+        """With the thinking of earlier turns under the template's name for it; one without a name shows none."""
+        named = name_thinking(messages, lambda some: str(self._apply_as_is(some, tools=tools, tokenize=False)))
+        return self._apply_as_is(named or messages, tools=tools, **options)
+
+    def _apply_as_is(self, messages: list[Message], **options: Any) -> Any:
         try:
             return self._tokenizer.apply_chat_template(messages, **options, **self._variables)
         except Exception as error:  # a template is a program: it can raise anything
