@@ -584,6 +584,16 @@ def test_a_missing_or_damaged_file_is_refused(tmp_path: Path, text: str | None) 
         read_calibration(tmp_path)
 
 
+def test_sglang_reads_the_calibration_as_it_is() -> None:
+    """Its reader (0.5.23) takes `temperatures`, passes over fields that it does not know, and has a few of its own."""
+    scheduling = evaluate().scheduling
+    assert scheduling is not None
+    fields = scheduling.calibration.model_dump(mode="json")
+    assert [type(temperature) for temperature in fields["temperatures"]] == [float] * K
+    assert min(fields["temperatures"]) > 0
+    assert fields.keys().isdisjoint({"dataset", "num_samples", "ece_before", "ece_after"})
+
+
 def test_a_calibration_with_a_wrong_temperature_is_refused(tmp_path: Path) -> None:
     evaluation = evaluate()
     assert evaluation.scheduling is not None
