@@ -125,8 +125,8 @@ def _vllm(draft: ServedDraft) -> list[str]:
     return [
         "vLLM",
         _code(f"vllm serve {shlex.quote(draft.target)} --speculative-config {shlex.quote(sampled)}"),
-        "Without `draft_sample_method` vLLM's draft takes its most likely token at every temperature (the line *greedy "
-        f"draft* above). Sampling it takes memory for max_num_seqs x {size} x {draft.config.vocab_size:,} logits. "
+        "Without `draft_sample_method` vLLM's draft is a greedy one: it takes its most likely token at every "
+        f"temperature. Sampling it takes memory for max_num_seqs x {size} x {draft.config.vocab_size:,} logits. "
         f"`num_speculative_tokens` may be less than {size}.{older}",
     ]
 
