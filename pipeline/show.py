@@ -138,9 +138,11 @@ def _add_scheduling(table: Table, scheduling: Scheduling) -> None:
         if row.num_requests in SHOWN_CONCURRENCIES:
             best = f"best fixed length {row.best_length}" if row.best_length else "no draft"
             fixed = f"{best}: {format_rate(row.fixed[row.best_length].tokens_per_second)}"
+            against = f", against no draft {row.gain_on_no_draft:+.1%}" if row.best_length else ""
             table.add_row(
-                f"{row.num_requests} request" + "s" * (row.num_requests > 1),
-                f"scheduled {format_rate(row.scheduled.tokens_per_second)} tokens/s, {fixed} ({row.gain:+.1%})",
+                count_of(row.num_requests, "request"),
+                f"scheduled {format_rate(row.scheduled.tokens_per_second)} tokens/s, "
+                f"{fixed} ({row.gain:+.1%}){against}",
             )
 
 

@@ -46,15 +46,16 @@ def make_scores(lengths: list[int], rng: np.random.Generator, *, confidence: boo
     """One sample whose blocks have that many supervised slots each."""
     slot = np.concatenate([np.arange(length) for length in lengths]) if lengths else np.empty(0, int)
     count = len(slot)
+    accept_rate = rng.random(count)
     return Scores(
         row=np.zeros(count, int),
         anchor=np.repeat(np.arange(len(lengths)), lengths),
         slot=slot,
-        accept_rate=rng.random(count),
+        accept_rate=accept_rate,
         top1_agree=rng.random(count) < 0.5,
         cross_entropy=rng.random(count) * 3,
         confidence=rng.random(count) if confidence else None,
-        greedy_accept_rate=rng.random(count),
+        greedy_accept_rate=(7919 * accept_rate) % 1,  # another number between 0 and 1
     )
 
 

@@ -14,6 +14,7 @@ from storage.sealed import Record
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ORDER_SEED = 0
+USEFUL_GAIN = 0.01  # assumption: what the simulation leaves out is worth more than a hundredth
 
 
 class Yield(Record):
@@ -48,6 +49,11 @@ class Concurrency(Record):
         """Tokens a second of the scheduler over those of the best fixed length, minus 1."""
         return self.scheduled.tokens_per_second / self.fixed[self.best_length].tokens_per_second - 1
 
+    @property
+    def gain_on_no_draft(self) -> float:
+        """Tokens a second of the scheduler over those of steps without any draft token, minus 1."""
+        return self.scheduled.tokens_per_second / self.fixed[0].tokens_per_second - 1
+
 
 class Outlook(Record):
     """The simulation, a row for each concurrency whose greatest step the table has."""
@@ -55,6 +61,16 @@ class Outlook(Record):
     throughput: Throughput
     num_blocks: int
     concurrencies: tuple[Concurrency, ...]
+
+    @property
+    def is_useless(self) -> bool:
+        """Whether the draft gains less than USEFUL_GAIN on no draft at every concurrency, both ways of verifying."""
+        gains = [
+            way.tokens_per_second / row.fixed[0].tokens_per_second - 1
+            for row in self.concurrencies
+            for way in (row.scheduled, row.fixed[row.best_length])
+        ]
+        return bool(gains) and max(gains) < USEFUL_GAIN
 
 
 def simulate(confidence_MK: np.ndarray, calibrated_MK: np.ndarray, blocks: Blocks, table: Throughput) -> Outlook:
