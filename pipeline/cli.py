@@ -282,7 +282,7 @@ def evaluate(config: Path, overrides: tuple[str, ...], draft: Path | None, decod
     from pipeline.measure import measure_by_decoding, measure_from_cache
 
     settings = _load(config, overrides)
-    evaluation = measure_from_cache(settings, draft=draft, console=console)
+    evaluation = measure_from_cache(settings, draft=draft, console=console, may_reuse=decoded)
     if decoded:
         measure_by_decoding(settings, draft=draft, estimate=evaluation, console=console)
 

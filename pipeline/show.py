@@ -97,7 +97,7 @@ def extraction(console: Console, result: ExtractResult) -> None:
         size = f"{states / plan.manifest.plan.num_tokens:,.0f} bytes a token of states, with the plan {size}"
     console.print(
         f"cache {plan.path}: {result.num_computed_shards} of {result.num_shards} shards computed, "
-        f"{result.num_tokens:,} tokens in {result.seconds:,.1f} s ({rate:,.0f} tokens/s), {size}",
+        f"{result.num_tokens:,} tokens in {result.seconds:,.1f} s ({format_rate(rate)} tokens/s), {size}",
         markup=False,
     )
     summary = plan.manifest.plan
@@ -130,11 +130,15 @@ def evaluation(
     """What a draft reached on the held-out split."""
     table = _table("held-out acceptance, measured from the cache")
     table.add_row("tau", f"{evaluation.tau:.3f}  (95 % interval {evaluation.tau_low:.3f} to {evaluation.tau_high:.3f})")
+    if evaluation.tau_greedy is not None:
+        interval = f"{evaluation.tau_greedy_low:.3f} to {evaluation.tau_greedy_high:.3f}"
+        table.add_row("tau, greedy draft", f"{evaluation.tau_greedy:.3f}  ({interval})")
     table.add_row("acceptance by slot", "  ".join(f"{rate:.3f}" for rate in evaluation.accept_rate_per_pos))
     table.add_row("top-1 agreement", f"{evaluation.top1_agreement:.3f}")
     table.add_row("cross-entropy", f"{evaluation.cross_entropy:.3f} nats")
     if evaluation.confidence_ece is not None:
-        table.add_row("confidence ECE", f"{evaluation.confidence_ece:.3f}")
+        everything = f"on all {count_of(evaluation.num_samples, 'conversation')}, uncalibrated"
+        table.add_row("confidence ECE", f"{evaluation.confidence_ece:.3f}  {everything}")
     if evaluation.scheduling is not None:
         _add_scheduling(table, evaluation.scheduling)
     table.add_row("measured on", f"{evaluation.num_samples:,} conversations, {evaluation.num_blocks:,} blocks")
@@ -145,23 +149,32 @@ def evaluation(
 
 
 def _add_scheduling(table: Table, scheduling: Scheduling) -> None:
-    """Calibration before and after, and what scheduling by it would yield at a few concurrencies."""
+    """Calibration before and after, and what scheduling by it would yield at a few concurrencies of a known server."""
     calibration, outlook = scheduling.calibration, scheduling.outlook
     before, after = calibration.before, calibration.after
     table.add_row(
         "calibration",
-        f"ECE {before.ece:.3f} -> {after.ece:.3f}, of prefixes {before.survival_ece:.3f} -> {after.survival_ece:.3f}, "
-        f"AUC {_auc(before.auc)} -> {_auc(after.auc)}; fitted on {calibration.num_fitted_samples:,} conversations, "
-        f"measured on {calibration.num_measured_samples:,} others",
+        f"fitted on {count_of(calibration.num_fitted_samples, 'conversation')}; on "
+        f"{calibration.num_measured_samples:,} others: ECE {before.ece:.3f} -> {after.ece:.3f}, of prefixes "
+        f"{before.survival_ece:.3f} -> {after.survival_ece:.3f}, AUC {_auc(before.auc)} -> {_auc(after.auc)}",
     )
+    if calibration.kept_slots:
+        slots = ", ".join(str(slot + 1) for slot in calibration.kept_slots)
+        table.add_row(
+            "", f"temperature 1 at slots {slots}: too few conversations have them for the error to fall beyond noise"
+        )
+    if outlook.throughput.file is None:
+        return
     table.add_row("outlook", f"{outlook.throughput.label}, on those others")
     for row in outlook.concurrencies:
         if row.num_requests in SHOWN_CONCURRENCIES:
             best = f"best fixed length {row.best_length}" if row.best_length else "no draft"
-            fixed = f"{best}: {row.fixed[row.best_length].tokens_per_second:,.0f}"
+            fixed = f"{best}: {format_rate(row.fixed[row.best_length].tokens_per_second)}"
+            against = f", against no draft {row.gain_on_no_draft:+.1%}" if row.best_length else ""
             table.add_row(
-                f"{row.num_requests} request" + "s" * (row.num_requests > 1),
-                f"scheduled {row.scheduled.tokens_per_second:,.0f} tokens/s, {fixed} ({row.gain:+.1%})",
+                count_of(row.num_requests, "request"),
+                f"scheduled {format_rate(row.scheduled.tokens_per_second)} tokens/s, "
+                f"{fixed} ({row.gain:+.1%}){against}",
             )
 
 
@@ -353,6 +366,13 @@ def _table(title: str) -> Table:
 def count_of(number: int, noun: str) -> str:
     """As `1 shard`, `2 shards`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def format_rate(rate: float) -> str:
+    """Whole from 10 on; below, two digits, since 1.4 and 0.6 are not alike."""
+    if round(rate, 1) >= 10 or rate == 0:
+        return f"{rate:,.0f}"
+    return f"{rate:.1f}" if rate >= 1 else f"{rate:#.2g}"
 
 
 def format_bytes(count: int) -> str:
