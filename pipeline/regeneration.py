@@ -44,6 +44,11 @@ class Asked:
     tokenizer: Any
     max_length: int
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return targets.eos_token_ids(self.folder, self.config) | ({self.tokenizer.eos_token_id} - {None})
+
     def renderer(self, section: RegenerateSection) -> PromptRenderer:
         return PromptRenderer(self.tokenizer, variables=section.chat_template_kwargs)
 
@@ -176,6 +181,7 @@ def _open(url: str, config: Config, asked: Asked) -> Backend:
         section=section,
         max_length=asked.max_length,
         renderer=asked.renderer(section),
+        end_ids=asked.end_ids,
     )
     return partial(run_endpoint, endpoint)
 
@@ -185,14 +191,13 @@ def _open_local(config: Config, asked: Asked) -> Backend:
 
     device = choose_device(config.extract.device)
     parts = targets.load_target(asked.folder, target=config.target, device=device)
-    ends = targets.eos_token_ids(asked.folder, asked.config) | ({asked.tokenizer.eos_token_id} - {None})
-    if not ends:
+    if not asked.end_ids:
         raise SettingError(f"{asked.folder}: neither config nor tokenizer name an end-of-turn token")
     target = LocalTarget(
         model=parts.model,
         device=parts.device,
         renderer=asked.renderer(config.regenerate),
-        end_ids=ends,
+        end_ids=asked.end_ids,
         section=config.regenerate,
         max_length=asked.max_length,
     )
@@ -220,8 +225,9 @@ def show_result(console: Console, result: RegenerationResult) -> None:
             table.add_row(title, f"{count:,} x {reason}", style="red" if title == "failed" else None)
     if counts.num_cut:
         table.add_row("ended early", f"{counts.num_cut:,} conversations, at a turn that could not be answered")
-    if counts.num_truncated:
-        table.add_row("truncated", f"{counts.num_truncated:,} answers that did not end, kept")
+    if counts.num_unfinished:
+        fate = "kept" if result.manifest.identity.truncated == "keep" else "left out"
+        table.add_row("cut", f"{counts.num_unfinished:,} answers that did not end within their tokens, {fate}")
     table.add_row("files", f"{result.folder}/conversations-*.jsonl, {MANIFEST} beside them")
     console.print(table)
     for line in _advise(result):
@@ -236,6 +242,11 @@ def _advise(result: RegenerationResult) -> Iterator[str]:
         yield "run the same command again to ask for the failed ones once more"
     if counts is not None and counts.num_prompt_mismatches:
         yield (
-            f"{counts.num_prompt_mismatches:,} prompts had another length at the endpoint than by this target's chat "
-            "template: the server uses another template, tokenizer or model than extraction will"
+            f"{counts.num_prompt_mismatches:,} prompts were others at the endpoint than by this target's chat template: "
+            "the server uses another template, tokenizer or model than extraction will"
+        )
+    if counts is not None and counts.num_text:
+        yield (
+            f"{counts.num_text:,} of {counts.num_answered:,} conversations are text, since the endpoint gave no token "
+            "ids for them: extraction tokenises them again, which may give other tokens than were sampled (vLLM gives ids)"
         )

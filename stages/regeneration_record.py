@@ -68,7 +68,10 @@ class RegenerationCounts(Record):
     """What became of the prompts; `dropped` and `failed` by reason.
 
     `num_truncated`: kept answers that did not end; `num_cut`: conversations that end before their last turn, since that
-    could not be answered; `num_prompt_mismatches`: answers whose prompt had another length at the endpoint than here.
+    could not be answered; `num_prompt_mismatches`: answers whose prompt was another at the endpoint than here.
+    `num_unfinished`: answers that did not end within their tokens, kept or not; `num_text`: conversations with an
+    answer that is known as text alone, all others are token ids as they were sampled. Both None in files of earlier
+    versions, whose conversations are all text.
     """
 
     num_answered: int
@@ -77,6 +80,8 @@ class RegenerationCounts(Record):
     num_truncated: int
     num_cut: int
     num_prompt_mismatches: int
+    num_unfinished: int | None = None
+    num_text: int | None = None
     dropped: dict[str, int]
     failed: dict[str, int]
 

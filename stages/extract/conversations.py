@@ -47,13 +47,13 @@ class Tokens:
 
 
 def parse_row(value: dict[str, Any]) -> Chat | Text | Tokens:
-    """The first of `messages`, `conversations`, `input_ids`, `text` that the row has. Raises BadRowError."""
+    """The first of `input_ids`, `messages`, `conversations`, `text` that the row has. Raises BadRowError."""
+    if "input_ids" in value:
+        return _parse_tokens(value)
     if (chat := parse_chat(value)) is not None:
         if not any(message["role"] == "assistant" for message in chat.messages):
             raise BadRowError("no assistant turn")
         return chat
-    if "input_ids" in value:
-        return _parse_tokens(value)
     if "text" in value:
         if not isinstance(value["text"], str) or not value["text"].strip():
             raise BadRowError("text: expected a non-empty string")
