@@ -29,7 +29,7 @@ from stages.regeneration_record import MANIFEST, RegenerationIdentity, Regenerat
 from stages.signals import ask_on_signals
 from stages.target_config import choose_max_length
 
-NOTICE = "answers on their way are waited for, ten seconds at most, or a batch in progress is given up"
+NOTICE = "answers on their way are waited for, ten seconds at most, or what a batch has finished is kept"
 NUM_REASONS_SHOWN = 5
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,13 @@ def with_options(config: Config, *, out: Path | None, concurrency: int | None) -
     return config.model_copy(update={"regenerate": config.regenerate.model_copy(update=changed)})
 
 
-def regenerate(config: Config, *, endpoint: str | None, is_local: bool) -> RegenerationResult:
-    """Answer the conversations of `data.files`; the same call continues. Raises StageError of some family."""
+def regenerate(
+    config: Config, *, endpoint: str | None, is_local: bool, is_stopped: Callable[[], bool] | None = None
+) -> RegenerationResult:
+    """Answer the conversations of `data.files`; the same call continues. Raises StageError of some family.
+
+    SIGTERM and Ctrl-C stop it, and so does `is_stopped`.
+    """
     if (endpoint is None) != is_local:
         raise SettingError("name one back end: --endpoint URL for a server, or --local to run the target here")
     section, folder = config.regenerate, config.regenerate.path
@@ -87,7 +92,7 @@ def regenerate(config: Config, *, endpoint: str | None, is_local: bool) -> Regen
             backend=partial(_open_local, config, asked)
             if endpoint is None
             else partial(_open, endpoint, config, asked),
-            is_stopped=lambda: bool(stops),
+            is_stopped=lambda: bool(stops) or (is_stopped is not None and is_stopped()),
         )
 
 
@@ -242,11 +247,11 @@ def _advise(result: RegenerationResult) -> Iterator[str]:
         yield "run the same command again to ask for the failed ones once more"
     if counts is not None and counts.num_prompt_mismatches:
         yield (
-            f"{counts.num_prompt_mismatches:,} prompts were others at the endpoint than by this target's chat template: "
+            f"{counts.num_prompt_mismatches:,} prompts were others at the endpoint than by this target's template: "
             "the server uses another template, tokenizer or model than extraction will"
         )
     if counts is not None and counts.num_text:
         yield (
-            f"{counts.num_text:,} of {counts.num_answered:,} conversations are text, since the endpoint gave no token "
-            "ids for them: extraction tokenises them again, which may give other tokens than were sampled (vLLM gives ids)"
+            f"{counts.num_text:,} of {counts.num_answered:,} conversations are text, since the endpoint gave no "
+            "token ids for them: extraction tokenises them again, perhaps to others than were sampled (vLLM gives ids)"
         )

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterable
 
-from stages.regeneration_record import RegenerationManifest, find_manifests
+from stages.regeneration_record import MANIFEST, RegenerationError, RegenerationManifest, find_manifests
 from storage import CacheIdentity
 
 TARGET_DIGESTS = ("target_config_digest", "target_weights_digest", "tokenizer_digest", "chat_template_digest")
@@ -16,7 +16,7 @@ def describe_regeneration(files: Iterable[str], *, identity: CacheIdentity) -> d
     """What a cache's provenance says of regenerated files; nothing where there are none.
 
     Warns where the answers are another target's, or where the loss covers turns that were not regenerated. Raises
-    RegenerationError for files that were changed.
+    RegenerationError for files that were changed, and for token ids of another tokenizer.
     """
     files = tuple(files)
     found = find_manifests(files)
@@ -33,7 +33,19 @@ def _describe(manifest: RegenerationManifest) -> dict[str, object]:
     """The settings that a reader of the cache wants to know; the digest stands for all of them."""
     fields = manifest.identity.model_dump(mode="json", exclude_none=True)
     shown = {name: value for name, value in fields.items() if not name.endswith("_digest")}
-    return {**shown, "digest": manifest.identity.digest()}
+    return {**shown, **_describe_counts(manifest), "digest": manifest.identity.digest()}
+
+
+def _describe_counts(manifest: RegenerationManifest) -> dict[str, object]:
+    """How many answers there are, and how many of them were cut, kept or not; None: from before that was counted."""
+    counts = manifest.counts
+    if counts is None:
+        return {}
+    return {
+        "answers_kept": counts.num_turns,
+        "answers_cut": counts.num_unfinished,
+        "conversations_of_text": counts.num_answered if counts.num_text is None else counts.num_text,
+    }
 
 
 def _warn(manifest: RegenerationManifest, identity: CacheIdentity) -> None:
@@ -45,7 +57,12 @@ def _warn(manifest: RegenerationManifest, identity: CacheIdentity) -> None:
             "acceptance on them is not acceptance on the target's own text",
             ", ".join(differing),
         )
-    if said.turns == "last" and identity.supervise == "all":
+    if "tokenizer_digest" in differing and manifest.has_ids:
+        raise RegenerationError(
+            "data.files hold token ids of another tokenizer than the target's; regenerate with this target, or remove "
+            f"the columns input_ids and loss_mask and the {MANIFEST} beside the files, to take the text instead"
+        )
+    if said.turns == "last" and not manifest.is_all_ids and identity.supervise == "all":
         logger.warning(
             "only the last turns of data.files are the target's own (regenerate.turns = last), but the loss covers all "
             "of them; set data.supervise = last"

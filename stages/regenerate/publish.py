@@ -135,12 +135,23 @@ class _Counter:
             self._sums["truncated"] += outcome.num_truncated
             self._sums["cut"] += outcome.reason is not None
             self._sums["text"] += outcome.has_text
+            self._sums["id_rows"] += sum(row.input_ids is not None for row in outcome.rows)
         else:
             reasons = self._dropped if outcome.kind == "dropped" else self._failed
             reasons[(outcome.reason or "unknown").partition(": ")[0]] += 1
 
     def counts(self) -> RegenerationCounts:
-        names = ("answered", "turns", "tokens", "truncated", "cut", "prompt_mismatches", "unfinished", "text")
+        names = (
+            "answered",
+            "turns",
+            "tokens",
+            "truncated",
+            "cut",
+            "prompt_mismatches",
+            "unfinished",
+            "text",
+            "id_rows",
+        )
         return RegenerationCounts(
             **{f"num_{name}": self._sums[name] for name in names},
             dropped=dict(self._dropped),
