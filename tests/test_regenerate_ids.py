@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from transformers import AutoTokenizer
 
 from pipeline import regeneration
+from pipeline.cli import main
 from pipeline.config import Config
 from pipeline.embedded import TARGET_DIR
 from pipeline.stage_one import settings_of
@@ -88,9 +90,11 @@ def test_an_endpoints_ids_are_cached_and_supervised_as_they_were_sampled(tmp_pat
     assert (counts.num_text, counts.num_unfinished, counts.num_turns, counts.num_prompt_mismatches) == (0, cut, 16, 0)
     with extract_rows(config, tmp_path) as reader:
         cached = [reader.read_tokens(index) for index in range(len(reader))]
-        said = json.loads(reader.manifest.header.provenance["regeneration"].partition(": ")[2])
+        said = reader.manifest.header.provenance["answers"]
     assert Counter(turn for ids, mask in cached for turn in supervised_turns(ids, mask)) == noted_turns(sampled)
-    assert (said[0]["answers_cut"], said[0]["answers_kept"], said[0]["conversations_of_text"]) == (cut, 16, 0)
+    assert said == f"16, {cut} of them cut at their token limit; 0 of 8 conversations are text"
+    shown = CliRunner().invoke(main, ["inspect", str(config.cache.path)], env={"COLUMNS": "200"})
+    assert said in shown.output
 
 
 def test_one_row_as_long_as_prompts_go_on_from_it() -> None:

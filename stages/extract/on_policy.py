@@ -26,26 +26,27 @@ def describe_regeneration(files: Iterable[str], *, identity: CacheIdentity) -> d
     described = [_describe(manifest) for manifest in manifests.values()]
     if not described:
         return {}
-    return {"regeneration": f"{len(found)} of {len(files)} files: {json.dumps(described, sort_keys=True)}"}
+    return {
+        "answers": "; ".join(map(_describe_answers, manifests.values())),
+        "regeneration": f"{len(found)} of {len(files)} files: {json.dumps(described, sort_keys=True)}",
+    }
 
 
 def _describe(manifest: RegenerationManifest) -> dict[str, object]:
     """The settings that a reader of the cache wants to know; the digest stands for all of them."""
     fields = manifest.identity.model_dump(mode="json", exclude_none=True)
     shown = {name: value for name, value in fields.items() if not name.endswith("_digest")}
-    return {**shown, **_describe_counts(manifest), "digest": manifest.identity.digest()}
+    return {**shown, "digest": manifest.identity.digest()}
 
 
-def _describe_counts(manifest: RegenerationManifest) -> dict[str, object]:
-    """How many answers there are, and how many of them were cut, kept or not; None: from before that was counted."""
+def _describe_answers(manifest: RegenerationManifest) -> str:
+    """How many answers there are, how many were cut, and how many conversations were tokenised from text."""
     counts = manifest.counts
-    if counts is None:
-        return {}
-    return {
-        "answers_kept": counts.num_turns,
-        "answers_cut": counts.num_unfinished,
-        "conversations_of_text": counts.num_answered if counts.num_text is None else counts.num_text,
-    }
+    if counts is None or counts.num_unfinished is None:
+        return "not counted by the version that made them"
+    cut, is_kept = f"{counts.num_unfinished:,}", manifest.identity.truncated == "keep"
+    fate = f"{cut} of them cut at their token limit" if is_kept else f"{cut} more were cut, and are left out"
+    return f"{counts.num_turns:,}, {fate}; {counts.num_text or 0:,} of {counts.num_answered:,} conversations are text"
 
 
 def _warn(manifest: RegenerationManifest, identity: CacheIdentity) -> None:
