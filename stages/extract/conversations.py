@@ -47,7 +47,9 @@ class Tokens:
 
 
 def parse_row(value: dict[str, Any]) -> Chat | Text | Tokens:
-    """The first of `messages`, `conversations`, `input_ids`, `text` that the row has. Raises BadRowError."""
+    """The first of `input_ids`, `messages`, `conversations`, `text` that the row has. Raises BadRowError."""
+    if "input_ids" in value:
+        return _parse_tokens(value)
     if (chat := parse_chat(value)) is not None:
         answers = {index for index, message in enumerate(chat.messages) if message["role"] == "assistant"}
         if not answers:
@@ -55,8 +57,6 @@ def parse_row(value: dict[str, Any]) -> Chat | Text | Tokens:
         if answers == chat.unsupervised:
             raise BadRowError("every assistant turn is left out of the loss by the row itself")
         return chat
-    if "input_ids" in value:
-        return _parse_tokens(value)
     if "text" in value:
         if not isinstance(value["text"], str) or not value["text"].strip():
             raise BadRowError("text: expected a non-empty string")

@@ -43,6 +43,16 @@ class PromptRenderer:
         """Text of answer tokens, markers of thinking and of tool calls included."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def spell(self, ids: list[int]) -> tuple[str, str]:
+        """The text of an answer's tokens as a server may give it: with and without markers."""
+        return self.decode(ids), str(
+            self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of an answer that is known as text alone."""
+        return [int(token) for token in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
+
 
 def plan_tokens(num_prompt_tokens: int, *, max_tokens: int | None, max_length: int) -> int:
     """Tokens that an answer may have; not more than the cache would keep of it. None left: 0 or less."""
