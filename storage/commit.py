@@ -4,6 +4,7 @@ Published by ``CacheWriter`` after the shard's directory is durable; read when a
 time and no host, so the same shard has the same record wherever it was computed.
 """
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Annotated
 from pydantic import Field
 
 from storage import layout
+from storage.bounds import max_commit_bytes
 from storage.encodings import Encoding
 from storage.errors import CacheCorruptError, CacheFormatError
 from storage.files import read_inside
@@ -69,6 +71,16 @@ class PlannedShard:
     num_tokens: int
     arrays: tuple[ArraySpec, ...]
     encoding: Encoding
+
+    @property
+    def max_commit_bytes(self) -> int:
+        """What the shard's record cannot exceed."""
+        return max_commit_bytes(
+            num_layers=max(math.prod(spec.row_shape[:-1]) for spec in self.arrays),
+            num_chunks=sum(spec.num_chunks for spec in self.arrays),
+            num_samples=self.num_samples,
+            num_tokens=self.num_tokens,
+        )
 
     def specs_of(self, array: str) -> tuple[ArraySpec, ...]:
         """An array of states, followed by its scales where it has any."""
@@ -136,7 +148,7 @@ def read_commit(planned: PlannedShard, *, has_marker: bool) -> CommitRecord:
     name = layout.commit_name(planned.shard)
     where = planned.root / name
     try:
-        data = read_inside(planned.root, name)
+        data = read_inside(planned.root, name, max_bytes=planned.max_commit_bytes)
     except FileNotFoundError as error:
         raise CacheCorruptError(f"{where}: is gone; run extract again to compute this shard") from error
     record = record_type(planned).parse(data, where=str(where))
