@@ -1,6 +1,6 @@
 """Small files that claim to be large: refused before memory is taken, by everything that reads a cache.
 
-Each attack runs in a process of its own whose address space has 1.2 GB to grow; what it would unfold to is more.
+Each attack runs in a process of its own whose address space has 1 GB to grow; what it would unfold to is more.
 """
 
 import json
@@ -28,7 +28,7 @@ from storage.tables import MAX_ROWS_PER_BYTE
 from storage_cache import make_cache, make_header, make_samples
 from test_storage_fuzz import record_anew, reseal
 
-ROOM = 1200 << 20  # threads reserve 64 MB each
+ROOM = 1000 << 20  # of which the forty threads of a pull reserve a third as their stacks
 GIGABYTES = 1 << 31  # what an attack unfolds to, or more
 INDEX, SAMPLES = "index.parquet", "samples/00000.parquet"
 
@@ -45,10 +45,9 @@ actions = {
     "inspect": lambda: pipeline.inspection.inspect_cache(path),
     "verify": lambda: verify_cache(path),
 }
-pages = int(Path("/proc/self/statm").read_text().split()[0])
-limit = pages * resource.getpagesize() + int(sys.argv[3])
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 for name in sys.argv[4:]:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(sys.argv[3]), -1))
     try:
         found = actions[name]()
         print(name, "ok" if getattr(found, "ok", True) else f"refused: {found.problems[0]}")
@@ -61,7 +60,9 @@ def probe(path: Path, *actions: str) -> dict[str, str]:
     """What each action says of the cache, in one process with little room."""
     copy = path.parent / "copy"
     command = [sys.executable, "-c", PROBE, str(path), str(copy), str(ROOM), *actions]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, check=False, env=os.environ | {"MALLOC_ARENA_MAX": "1"}
+    )
     shutil.rmtree(copy, ignore_errors=True)
     assert done.returncode == 0, done.stderr
     return dict(line.split(" ", 1) for line in done.stdout.splitlines())
