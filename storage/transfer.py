@@ -189,7 +189,7 @@ def _push_shard(store: RemoteStore, planned: PlannedShard, record: CommitRecord)
         name = f"{directory}/{spec.data_name}"
         problem = next(find_array_problems(planned.root, name, spec, record.arrays[spec.name]), None)
         metadata = f"{directory}/{layout.array_metadata_name(spec.name)}"
-        if problem is None and read_inside(planned.root, metadata) != spec.metadata():
+        if problem is None and not _has_bytes(planned.root, metadata, spec.metadata()):
             name, problem = metadata, "its bytes are not the ones that the plan implies"
         if problem is not None:
             raise CacheCorruptError(f"{planned.root / name}: {problem}; not pushed; {remedy(planned.shard)}")
@@ -203,6 +203,13 @@ def _push_shard(store: RemoteStore, planned: PlannedShard, record: CommitRecord)
     fault_point("push.data")
     store.write(layout.commit_name(planned.shard), record.render())
     return shard_bytes(planned, record)
+
+
+def _has_bytes(root: Path, name: str, expected: bytes) -> bool:
+    try:
+        return read_inside(root, name, num_bytes=len(expected)) == expected
+    except CacheCorruptError:
+        return False
 
 
 def _pull_shard(store: RemoteStore, plan: CachePlan, shard: int) -> int | None:
