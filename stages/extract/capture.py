@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from stages.extract.target import TargetError, TargetParts
+from stages.extract.model_files import TargetError
+from stages.extract.target import TargetParts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,10 @@ import torch
 import transformers
 
 from stages.device import choose_device
+from stages.extract import digests
 from stages.extract import target as targets
 from stages.extract.capture import Capture, pad_batch
+from stages.extract.model_files import locate_target
 from stages.extract.on_policy import describe_regeneration
 from stages.extract.price import (
     Price,
@@ -32,7 +34,8 @@ from stages.extract.settings import CacheSection, DataSection, ExtractSection, T
 from stages.extract.shards import ComputeStates, Progress, compute_shards
 from stages.extract.share import ALONE, Share
 from stages.extract.tokenize import SampleTokenizer
-from stages.target_config import check_layers, choose_max_length, default_layers, logit_transform
+from stages.target_config import check_layers, choose_max_length, default_layers
+from stages.target_shape import TargetShape, parse_target_shape
 from storage import (
     CacheHeader,
     CacheIdentity,
@@ -46,7 +49,7 @@ from storage import (
 
 SPACE_MARGIN_BYTES = 64 << 20  # what must stay free beside the cache: logs, checkpoints, the file system's own needs
 
-CheckTarget = Callable[[Any], None]
+CheckTarget = Callable[[TargetShape], None]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ class Inputs:
 
     folder: Path
     config: Any
+    shape: TargetShape
     tokenizer: Any
     files: tuple[str, ...]
     data: DataSection
@@ -97,20 +101,19 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     Raises TargetError, DataError or ValueError.
     """
     target, data = settings.target, settings.data
-    folder = targets.locate_target(target)
+    folder = locate_target(target)
     config = targets.load_config(folder, trust_remote_code=target.trust_remote_code)
+    shape = parse_target_shape(config)
     tokenizer = targets.load_tokenizer(folder, target=target, chat_template=data.chat_template)
-    num_layers = config.num_hidden_layers
-    layers = settings.cache.layers or default_layers(num_layers)
-    check_layers(layers, num_target_layers=num_layers, key="cache.layers")
-    max_length = choose_max_length(data.max_length, config)
+    layers = settings.cache.layers or default_layers(shape.num_layers)
+    check_layers(layers, num_target_layers=shape.num_layers, key="cache.layers")
+    max_length = choose_max_length(data.max_length, shape.max_positions)
     files = tuple(expand_files(data.files))
-    scale, softcap = logit_transform(config)
     identity = CacheIdentity(
-        target_config_digest=targets.digest_config(config),
-        target_weights_digest=targets.digest_weights(folder) if with_weights else "",
-        tokenizer_digest=targets.digest_tokenizer(tokenizer),
-        chat_template_digest=targets.digest_chat_template(tokenizer),
+        target_config_digest=digests.digest_config(config),
+        target_weights_digest=digests.digest_weights(folder) if with_weights else "",
+        tokenizer_digest=digests.digest_tokenizer(tokenizer),
+        chat_template_digest=digests.digest_chat_template(tokenizer),
         data_digest=digest_files(files),
         layers=layers,
         dtype=target.dtype,
@@ -118,12 +121,12 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     )
     header = CacheHeader(
         identity=identity,
-        hidden_size=config.hidden_size,
-        num_target_layers=num_layers,
-        vocab_size=config.vocab_size,
-        mask_token_id=targets.choose_mask_token(tokenizer, vocab_size=config.vocab_size, wanted=settings.mask_token_id),
-        logit_scale=scale,
-        logit_softcap=softcap,
+        hidden_size=shape.hidden_size,
+        num_target_layers=shape.num_layers,
+        vocab_size=shape.vocab_size,
+        mask_token_id=targets.choose_mask_token(tokenizer, vocab_size=shape.vocab_size, wanted=settings.mask_token_id),
+        logit_scale=shape.logit_scale,
+        logit_softcap=shape.logit_softcap,
         provenance={
             "target": target.model,
             "revision": target.revision or "",
@@ -135,7 +138,7 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
         },
     )
     data = data.model_copy(update={"max_length": max_length})
-    return Inputs(folder=folder, config=config, tokenizer=tokenizer, files=files, data=data, header=header)
+    return Inputs(folder=folder, config=config, shape=shape, tokenizer=tokenizer, files=files, data=data, header=header)
 
 
 def configured_identity(settings: Settings) -> dict[str, Any]:
@@ -170,17 +173,23 @@ def estimate(settings: Settings, *, check_target: CheckTarget | None = None) -> 
     """Tokenise everything and price the run; needs no weights and writes nothing. Arguments as in `extract`."""
     inputs = describe_inputs(settings, with_weights=False)
     if check_target is not None:
-        check_target(inputs.config)
+        check_target(inputs.shape)
+    skeleton = build_skeleton(inputs, settings)
     counts = SampleCounts()
     for _ in iterate_samples(inputs, settings, counts=counts):
         pass
-    return make_price(inputs, settings, counts=counts), counts
+    return make_price(inputs, settings, counts=counts, skeleton=skeleton), counts
 
 
-def make_price(inputs: Inputs, settings: Settings, *, counts: SampleCounts) -> Price:
+def build_skeleton(inputs: Inputs, settings: Settings) -> targets.TargetParts:
+    """The target without weights. Raises TargetError for one that cannot be loaded or cached."""
+    return targets.build_skeleton(inputs.folder, inputs.config, trust_remote_code=settings.target.trust_remote_code)
+
+
+def make_price(inputs: Inputs, settings: Settings, *, counts: SampleCounts, skeleton: targets.TargetParts) -> Price:
     """Bytes and hours of the counted samples on this machine."""
     device = choose_device(settings.extract.device)
-    parameters = count_forward_parameters(inputs.config, trust_remote_code=settings.target.trust_remote_code)
+    parameters = count_forward_parameters(skeleton)
     hours = estimate_hours(
         num_parameters=parameters,
         num_tokens=counts.num_tokens,
@@ -226,7 +235,7 @@ def extract(
     device = choose_device(settings.extract.device)
     inputs = describe_inputs(settings)
     if check_target is not None:
-        check_target(inputs.config)
+        check_target(inputs.shape)
     load = functools.cache(functools.partial(targets.load_target, inputs.folder, target=settings.target, device=device))
     plan = read_plan(folder) if share.plans else _await_plan(folder)
     if plan is None:
@@ -323,10 +332,11 @@ def _write_plan(
     show_price: Callable[[Price, SampleCounts], None] | None,
 ) -> CachePlan:
     counts = SampleCounts()
+    skeleton = build_skeleton(inputs, settings)
 
     def write_target(destination: Path) -> None:
         # Called when every sample is counted: the price is shown and the disk checked before weights are loaded.
-        price = make_price(inputs, settings, counts=counts)
+        price = make_price(inputs, settings, counts=counts, skeleton=skeleton)
         if show_price is not None:
             show_price(price, counts)
         check_space(settings.cache.folder, needed=price.num_bytes + price.num_overhead_bytes)

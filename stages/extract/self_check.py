@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from stages.extract.capture import Capture
-from stages.extract.target import TargetError, TargetParts
+from stages.extract.model_files import TargetError
+from stages.extract.target import TargetParts
 
 MIN_ARGMAX_AGREEMENT = 0.995  # equal but for ties, which low precision makes; a wrong norm or layer gives far less
 MAX_RELATIVE_ERROR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # batched against single, L2

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, Qwen3Config
+from transformers import Qwen3Config
 
 from stages.errors import SettingError
+from stages.target_shape import TargetShape, read_target_shape
 from stages.train.checkpoint import (
     CheckpointError,
     TrainerState,
@@ -72,12 +73,8 @@ def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
     """
 
     target_dir = reader.check_target("config.json", "head.safetensors")
-    try:
-        target_config = AutoConfig.from_pretrained(target_dir)
-    except (OSError, ValueError) as error:
-        raise SettingError(f"{target_dir}/config.json: this version of transformers cannot read it: {error}") from error
     return build_draft_config(
-        target_config,
+        _read_shape(target_dir, reader),
         num_draft_layers=draft.num_layers,
         block_size=draft.block_size,
         target_layer_ids=reader.layers,
@@ -89,6 +86,22 @@ def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
         confidence_head_with_markov=draft.confidence_head_with_markov,
         intermediate_size=draft.intermediate_size,
     )
+
+
+def _read_shape(target_dir: Path, reader: CacheReader) -> TargetShape:
+    """The target's shape. Raises SettingError where it is not that of the states in the cache."""
+    shape, header = read_target_shape(target_dir), reader.manifest.header
+    for name, expected in (
+        ("hidden_size", header.hidden_size),
+        ("num_layers", header.num_target_layers),
+        ("vocab_size", header.vocab_size),
+    ):
+        if getattr(shape, name) != expected:
+            raise SettingError(
+                f"{target_dir}: {name} is {getattr(shape, name)}, but the cache holds states of a target with "
+                f"{expected}; the folder was changed by hand: fetch the cache again"
+            )
+    return shape
 
 
 def build_draft(
