@@ -28,6 +28,7 @@ from stages.extract.run import (
     describe_inputs,
     make_price,
     read_plan,
+    start_counts,
     sum_up,
 )
 from stages.extract.samples import SampleCounts, plan_samples
@@ -113,7 +114,7 @@ def _write_plan(
     load: Load,
     show_price: Callable[[Price, SampleCounts], None] | None,
 ) -> CachePlan:
-    counts = SampleCounts()
+    counts = start_counts(inputs)
     skeleton = build_skeleton(inputs, settings)
     first: list[PlannedSample] = []
 
@@ -132,6 +133,7 @@ def _write_plan(
         header=inputs.header,
         write_target=write_target,
         dropped=counts.all_reasons,
+        mask_token_id=lambda: inputs.mask_token.choose(counts.unseen_tokens),
     )
 
 

@@ -16,6 +16,7 @@ from stages.device import choose_device
 from stages.extract import digests
 from stages.extract import target as targets
 from stages.extract.capture import Capture, pad_batch
+from stages.extract.mask_token import MaskToken, find_mask_token
 from stages.extract.model_files import locate_target
 from stages.extract.on_policy import describe_regeneration
 from stages.extract.price import (
@@ -37,6 +38,7 @@ from stages.extract.tokenize import SampleTokenizer
 from stages.target_config import check_layers, choose_max_length, default_layers
 from stages.target_shape import TargetShape, parse_target_shape
 from storage import (
+    FORMAT_VERSION,
     CacheHeader,
     CacheIdentity,
     CacheNotFoundError,
@@ -76,6 +78,7 @@ class Inputs:
     config: Any
     shape: TargetShape
     tokenizer: Any
+    mask_token: MaskToken
     files: tuple[str, ...]
     data: DataSection
     header: CacheHeader
@@ -109,7 +112,16 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     check_layers(layers, num_target_layers=shape.num_layers, key="cache.layers")
     max_length = choose_max_length(data.max_length, shape.max_positions)
     files = tuple(expand_files(data.files))
+    mask_token = find_mask_token(
+        tokenizer,
+        vocab_size=shape.vocab_size,
+        wanted=settings.mask_token_id,
+        eos_token_ids=targets.eos_token_ids(folder, config),
+    )
     identity = CacheIdentity(
+        format_version=FORMAT_VERSION,
+        max_samples=None,
+        validation_digest=None,
         target_config_digest=digests.digest_config(config),
         target_weights_digest=digests.digest_weights(folder) if with_weights else "",
         tokenizer_digest=digests.digest_tokenizer(tokenizer),
@@ -124,7 +136,7 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
         hidden_size=shape.hidden_size,
         num_target_layers=shape.num_layers,
         vocab_size=shape.vocab_size,
-        mask_token_id=targets.choose_mask_token(tokenizer, vocab_size=shape.vocab_size, wanted=settings.mask_token_id),
+        mask_token_id=mask_token.token_id,
         logit_scale=shape.logit_scale,
         logit_softcap=shape.logit_softcap,
         provenance={
@@ -156,6 +168,11 @@ def configured_identity(settings: Settings) -> dict[str, Any]:
     }
 
 
+def start_counts(inputs: Inputs) -> SampleCounts:
+    """Counts before the first row; they will say which of the mask token's candidates no sample contains."""
+    return SampleCounts(unseen_tokens=set(inputs.mask_token.candidates))
+
+
 def iterate_samples(inputs: Inputs, settings: Settings, *, counts: SampleCounts) -> Iterator[PlannedSample]:
     """The samples of the cache in source order; `counts` says afterwards what was left out and why."""
     eos = targets.eos_token_ids(inputs.folder, inputs.config)
@@ -175,9 +192,10 @@ def estimate(settings: Settings, *, check_target: CheckTarget | None = None) -> 
     if check_target is not None:
         check_target(inputs.shape)
     skeleton = build_skeleton(inputs, settings)
-    counts = SampleCounts()
+    counts = start_counts(inputs)
     for _ in iterate_samples(inputs, settings, counts=counts):
         pass
+    inputs.mask_token.choose(counts.unseen_tokens)
     return make_price(inputs, settings, counts=counts, skeleton=skeleton), counts
 
 
@@ -331,7 +349,7 @@ def _write_plan(
     load: Callable[[], targets.TargetParts],
     show_price: Callable[[Price, SampleCounts], None] | None,
 ) -> CachePlan:
-    counts = SampleCounts()
+    counts = start_counts(inputs)
     skeleton = build_skeleton(inputs, settings)
 
     def write_target(destination: Path) -> None:
@@ -348,6 +366,7 @@ def _write_plan(
         header=inputs.header,
         write_target=write_target,
         dropped=counts.all_reasons,
+        mask_token_id=lambda: inputs.mask_token.choose(counts.unseen_tokens),
     )
 
 

@@ -30,6 +30,8 @@ class SampleCounts:
     bad: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    unseen_tokens: set[int] = field(default_factory=set)
+    """Of the ids that stand here at the start, those that no sample contains."""
 
     def record(self, kind: Counter[str], *, reason: str, row: Row) -> None:
         kind[reason] += 1
@@ -81,7 +83,7 @@ class RowPlanner:
 
     tokenizer: SampleTokenizer
     data: DataSection
-    mask_token_id: int
+    mask_token_id: int | None
 
     def __call__(self, numbered: tuple[int, Row]) -> Outcome:
         sample_id, row = numbered
@@ -105,7 +107,7 @@ class RowPlanner:
         if int(loss_mask.sum()) < data.min_supervised_tokens:
             reason = "fewer supervised tokens than data.min_supervised_tokens"
             return Outcome(row=place, dropped=reason, is_truncated=is_truncated)
-        if self.mask_token_id in input_ids:
+        if self.mask_token_id is not None and self.mask_token_id in input_ids:
             raise BadRowError(f"contains the mask token {self.mask_token_id}; choose another draft.mask_token_id")
         sample = PlannedSample(
             sample_id=sample_id,
@@ -119,7 +121,12 @@ class RowPlanner:
 
 
 def plan_samples(
-    rows: Iterable[Row], *, tokenizer: SampleTokenizer, data: DataSection, mask_token_id: int, counts: SampleCounts
+    rows: Iterable[Row],
+    *,
+    tokenizer: SampleTokenizer,
+    data: DataSection,
+    mask_token_id: int | None,
+    counts: SampleCounts,
 ) -> Iterator[PlannedSample]:
     """The samples of `rows` in their order, a pure function of the rows; `counts` is updated on the way.
 
@@ -138,6 +145,8 @@ def plan_samples(
             counts.record(counts.dropped, reason=outcome.dropped, row=outcome.row)
         elif outcome.sample is not None:
             counts.num_samples += 1
+            if counts.unseen_tokens:
+                counts.unseen_tokens.difference_update(np.unique(outcome.sample.input_ids).tolist())
             counts.num_tokens += outcome.sample.num_tokens
             counts.num_supervised += outcome.sample.num_supervised
             yield outcome.sample

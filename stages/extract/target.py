@@ -195,7 +195,7 @@ def find_parts(model: Any) -> TargetParts:
 
 
 def write_target(destination: Path, *, folder: Path, parts: TargetParts, tokenizer: Any) -> None:
-    """Fill the cache's `target/`: shape, config, tokenizer, and head.safetensors with embedding, head and final norm."""
+    """Fill the cache's `target/`: shape, config, tokenizer, and head.safetensors (embedding, head, final norm)."""
     destination.mkdir(exist_ok=True)
     (destination / SHAPE_FILE).write_text(parse_target_shape(parts.model.config).render(), encoding="utf-8")
     shutil.copyfile(folder / "config.json", destination / "config.json")

@@ -29,6 +29,7 @@ from stages.train.config import build_draft_config
 from stages.train.feed import BatchFeed
 from stages.train.interrupt import StopRequest
 from stages.train.loop import Stepper, run_steps
+from stages.train.mask_token import choose_mask_token
 from stages.train.memory import check_memory, estimate_memory, free_memory, largest_batch
 from stages.train.metrics import MetricsLog
 from stages.train.model import Qwen3DSparkModel
@@ -78,7 +79,7 @@ def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
         num_draft_layers=draft.num_layers,
         block_size=draft.block_size,
         target_layer_ids=reader.layers,
-        mask_token_id=reader.manifest.header.mask_token_id if draft.mask_token_id is None else draft.mask_token_id,
+        mask_token_id=choose_mask_token(draft.mask_token_id, reader),
         num_anchors=draft.num_anchors,
         markov_rank=draft.markov_rank,
         markov_head_type=draft.markov_head_type,
