@@ -44,8 +44,8 @@ class CachePlan:
         """Plan a cache in a new or empty directory, or in one whose planning was interrupted.
 
         ``samples`` are in source order; one shard of them is in memory at a time. ``write_target`` puts the target's
-        files into the directory that it is given. ``dropped`` is asked once all samples are seen: reason -> count. So is
-        ``mask_token_id``, where the samples decide it; its answer stands in the place of the header's.
+        files into the directory that it is given. ``dropped`` is asked once all samples are seen: reason -> count.
+        So is ``mask_token_id``, where the samples decide it; its answer stands in the place of the header's.
         Raises CacheExistsError for a directory that is already planned or that holds files of somebody else.
         """
         root = Path(path)

@@ -1,4 +1,4 @@
-"""Which token of the target a draft will read as a slot to fill. Extraction needs none: rows that contain it are bad."""
+"""Which token of the target a draft will read as a slot to fill: rows that contain it are bad."""
 
 import logging
 import re

@@ -150,7 +150,16 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
         },
     )
     data = data.model_copy(update={"max_length": max_length})
-    return Inputs(folder=folder, config=config, shape=shape, tokenizer=tokenizer, files=files, data=data, header=header)
+    return Inputs(
+        folder=folder,
+        config=config,
+        shape=shape,
+        tokenizer=tokenizer,
+        mask_token=mask_token,
+        files=files,
+        data=data,
+        header=header,
+    )
 
 
 def configured_identity(settings: Settings) -> dict[str, Any]:
