@@ -3,6 +3,7 @@
 Shape suffixes: B sequences, T tokens (padded), N tokens (unpadded, all sequences end to end), L layers, D hidden.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from torch import nn
 
 from stages.extract.model_files import TargetError
 from stages.extract.target import TargetParts
+
+TRIED_TOKENS = 8
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +129,13 @@ def keep_states(
     `real_places`.
     """
 
-    def keep(into_ND: torch.Tensor, states_BTD: torch.Tensor) -> None:
+    def keep(into_ND: torch.Tensor, states_BTD: Any) -> None:
+        if not isinstance(states_BTD, torch.Tensor) or states_BTD.dim() != 3 or states_BTD.shape[2] != into_ND.shape[1]:
+            found = list(states_BTD.shape) if isinstance(states_BTD, torch.Tensor) else type(states_BTD).__name__
+            raise TargetError(
+                f"{type(parts.model).__name__}: its blocks give {found}, expected one state of {into_ND.shape[1]} values "
+                "for each token; what a draft would read of such a target is not defined, so it cannot be cached"
+            )
         states = states_BTD.flatten(0, 1)
         into_ND.copy_(states if real_N is None else states.index_select(0, real_N.to(states.device)))
 
@@ -154,6 +165,24 @@ def keep_states(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.inference_mode()
+def check_blocks(parts: TargetParts) -> None:
+    """Run the stack of a target without weights, to see whether its blocks give states that can be kept.
+
+    Raises TargetError where they do not. A stack that does not run without numbers is judged when it has them.
+    """
+    hidden_size = parts.embed_tokens.weight.shape[1]
+    into_ND = torch.empty(TRIED_TOKENS, hidden_size, device="meta", dtype=parts.dtype)
+    ids_1N = torch.zeros(1, TRIED_TOKENS, device="meta", dtype=torch.long)
+    try:
+        with keep_states(parts, dict.fromkeys(range(-1, len(parts.blocks)), into_ND), last_ND=into_ND):
+            parts.decoder(input_ids=ids_1N, use_cache=False)
+    except TargetError:
+        raise
+    except Exception as error:
+        logger.debug("%s does not run without weights: %s", type(parts.model).__name__, error)
 
 
 def pad_batch(input_ids: Sequence[np.ndarray]) -> PaddedBatch:

@@ -15,7 +15,7 @@ import transformers
 from stages.device import choose_device
 from stages.extract import digests
 from stages.extract import target as targets
-from stages.extract.capture import Capture, pad_batch
+from stages.extract.capture import Capture, check_blocks, pad_batch
 from stages.extract.mask_token import MaskToken, find_mask_token
 from stages.extract.model_files import locate_target
 from stages.extract.on_policy import describe_regeneration
@@ -30,9 +30,9 @@ from stages.extract.price import (
 )
 from stages.extract.rows import digest_files, expand_files, read_rows
 from stages.extract.samples import SampleCounts, plan_samples
-from stages.extract.self_check import check_batching, check_head
+from stages.extract.self_check import check_shortest
 from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
-from stages.extract.shards import ComputeStates, Progress, compute_shards
+from stages.extract.shards import CheckStates, ComputeStates, Progress, compute_shards
 from stages.extract.share import ALONE, Share
 from stages.extract.tokenize import SampleTokenizer
 from stages.target_config import check_layers, choose_max_length, default_layers
@@ -210,7 +210,10 @@ def estimate(settings: Settings, *, check_target: CheckTarget | None = None) -> 
 
 def build_skeleton(inputs: Inputs, settings: Settings) -> targets.TargetParts:
     """The target without weights. Raises TargetError for one that cannot be loaded or cached."""
-    return targets.build_skeleton(inputs.folder, inputs.config, trust_remote_code=settings.target.trust_remote_code)
+    trust = settings.target.trust_remote_code
+    parts = targets.build_skeleton(inputs.folder, inputs.config, trust_remote_code=trust)
+    check_blocks(parts)
+    return parts
 
 
 def make_price(inputs: Inputs, settings: Settings, *, counts: SampleCounts, skeleton: targets.TargetParts) -> Price:
@@ -275,15 +278,15 @@ def extract(
     computed = []
     if missing:
         check_space(folder, needed=expected_bytes(plan.bytes_on_disk(missing), plan.header))
-        # 3. The target, checked on real samples before anything is computed.
+        # 3. The target.
         parts = load()
         capture = Capture(parts, layers=plan.header.identity.layers, dtype=plan.header.encoding.torch_dtype)
-        _self_check(capture, parts=parts, samples=plan.read_samples(missing[0]))
-        # 4. Shards, each committed whole.
+        # 4. Shards, each checked against the target alone and committed whole.
         computed = commit_shards(
             writer,
             missing,
             compute=lambda samples: capture.launch(pad_batch([sample.input_ids for sample in samples])),
+            check=functools.partial(check_shortest, parts=parts, header=plan.header),
             parts=parts,
             settings=settings,
         )
@@ -295,14 +298,17 @@ def commit_shards(
     missing: list[int],
     *,
     compute: ComputeStates,
+    check: CheckStates | None = None,
     parts: targets.TargetParts,
     settings: Settings,
 ) -> list[int]:
-    """Compute and commit shards, with a line for each; those that were not another process's."""
+    """Compute, check and commit shards, with a line for each; those that were not another process's."""
     progress = Progress(writer.plan, missing)
     computed = []
     head_VD = parts.lm_head.weight
-    for shard in compute_shards(writer, missing, compute=compute, head_VD=head_VD, extract=settings.extract):
+    for shard in compute_shards(
+        writer, missing, compute=compute, check=check, head_VD=head_VD, extract=settings.extract
+    ):
         computed.append(shard)
         logger.info("%s", progress.after_shard(shard))
     return computed
@@ -377,10 +383,3 @@ def _write_plan(
         dropped=counts.all_reasons,
         mask_token_id=lambda: inputs.mask_token.choose(counts.unseen_tokens),
     )
-
-
-def _self_check(capture: Capture, *, parts: targets.TargetParts, samples: list[PlannedSample]) -> None:
-    ids = [sample.input_ids for sample in samples]
-    check_head(capture, parts=parts, input_ids=ids[len(ids) // 2])
-    if len(ids) > 1:
-        check_batching(capture, input_ids=[ids[0], ids[-1]])  # longest and shortest: the most padding
