@@ -129,12 +129,15 @@ def keep_states(
     `real_places`.
     """
 
+    kept: set[int] = set()  # addresses of what was written
+
     def keep(into_ND: torch.Tensor, states_BTD: Any) -> None:
+        kept.add(id(into_ND))
         if not isinstance(states_BTD, torch.Tensor) or states_BTD.dim() != 3 or states_BTD.shape[2] != into_ND.shape[1]:
             found = list(states_BTD.shape) if isinstance(states_BTD, torch.Tensor) else type(states_BTD).__name__
             raise TargetError(
-                f"{type(parts.model).__name__}: its blocks give {found}, expected one state of {into_ND.shape[1]} values "
-                "for each token; what a draft would read of such a target is not defined, so it cannot be cached"
+                f"{type(parts.model).__name__}: its blocks give {found}, expected one state of {into_ND.shape[1]} "
+                "values for each token, which is what drafts read; such a target cannot be cached"
             )
         states = states_BTD.flatten(0, 1)
         into_ND.copy_(states if real_N is None else states.index_select(0, real_N.to(states.device)))
@@ -165,19 +168,27 @@ def keep_states(
     finally:
         for handle in handles:
             handle.remove()
+    missing = [f"block {layer}" for layer, into_ND in places.items() if id(into_ND) not in kept]
+    if last_ND is not None and id(last_ND) not in kept:
+        missing.append("the final norm")
+    if missing:
+        raise TargetError(
+            f"{type(parts.model).__name__}: {', '.join(missing)} did not run on text, so there is no state to keep; "
+            "leave such layers out of cache.layers"
+        )
 
 
 @torch.inference_mode()
-def check_blocks(parts: TargetParts) -> None:
-    """Run the stack of a target without weights, to see whether its blocks give states that can be kept.
+def check_blocks(parts: TargetParts, *, layers: Sequence[int]) -> None:
+    """Run the stack of a target without weights, to see whether these blocks give states that can be kept.
 
     Raises TargetError where they do not. A stack that does not run without numbers is judged when it has them.
     """
     hidden_size = parts.embed_tokens.weight.shape[1]
-    into_ND = torch.empty(TRIED_TOKENS, hidden_size, device="meta", dtype=parts.dtype)
     ids_1N = torch.zeros(1, TRIED_TOKENS, device="meta", dtype=torch.long)
+    states = {layer: torch.empty(TRIED_TOKENS, hidden_size, device="meta", dtype=parts.dtype) for layer in layers}
     try:
-        with keep_states(parts, dict.fromkeys(range(-1, len(parts.blocks)), into_ND), last_ND=into_ND):
+        with keep_states(parts, states, last_ND=torch.empty_like(next(iter(states.values())))):
             parts.decoder(input_ids=ids_1N, use_cache=False)
     except TargetError:
         raise

@@ -212,7 +212,7 @@ def build_skeleton(inputs: Inputs, settings: Settings) -> targets.TargetParts:
     """The target without weights. Raises TargetError for one that cannot be loaded or cached."""
     trust = settings.target.trust_remote_code
     parts = targets.build_skeleton(inputs.folder, inputs.config, trust_remote_code=trust)
-    check_blocks(parts)
+    check_blocks(parts, layers=inputs.header.identity.layers)
     return parts
 
 

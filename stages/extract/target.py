@@ -18,7 +18,10 @@ from stages.target_config import open_text_config, read_field
 from stages.target_shape import SHAPE_FILE, parse_target_shape
 from storage import CacheWriteError
 
-NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "final_norm", "norm_f")
+NORM_NAMES = (
+    "norm", "final_layernorm", "final_layer_norm", "ln_f", "final_norm", "norm_f", "embedding_norm", "layer_norm",
+)  # fmt: skip
+ONLY_DECODERS = "expected a decoder-only language model, whose tokens see earlier ones alone"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -131,7 +134,9 @@ def build_skeleton(folder: Path, config: Any, *, trust_remote_code: bool) -> Tar
     except TargetError:
         raise
     except Exception as error:  # a config that does not fit its class, a package that is not installed
-        raise TargetError(f"{folder}: the target cannot be built: {first_line(error)}") from error
+        raise TargetError(
+            f"{folder}: the target cannot be built: {type(error).__name__}: {first_line(error)}"
+        ) from error
     check_files(folder, config=config, model=model)
     return find_parts(model)
 
@@ -143,8 +148,8 @@ def choose_class(config: Any, *, trust_remote_code: bool) -> Any:
     """
     import transformers
 
-    if read_field(config, "is_encoder_decoder") or read_field(config, "is_decoder") is False:
-        raise TargetError(f"{config.model_type}: is no decoder-only model, whose tokens see earlier tokens alone")
+    if read_field(config, "is_encoder_decoder"):
+        raise TargetError(f"{config.model_type}: {ONLY_DECODERS}, got an encoder and a decoder")
     remote = (read_field(config, "auto_map") or {}) if trust_remote_code else {}
     for name, mapping in (
         ("AutoModelForCausalLM", transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -165,7 +170,13 @@ def find_parts(model: Any) -> TargetParts:
     Raises TargetError when one of them cannot be told.
     """
     num_layers = parse_target_shape(model.config).num_layers
-    embed_tokens, lm_head, name = model.get_input_embeddings(), model.get_output_embeddings(), type(model).__name__
+    name = type(model).__name__
+    try:
+        embed_tokens, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError as error:
+        raise TargetError(f"{name}: {ONLY_DECODERS}, got one whose embedding cannot be told") from error
+    if not isinstance(getattr(embed_tokens, "weight", None), torch.Tensor):
+        raise TargetError(f"{name}: its input embedding is no table of one row a token, which a draft shares")
     for decoder in model.modules():
         blocks = [
             child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers
@@ -180,6 +191,8 @@ def find_parts(model: Any) -> TargetParts:
             raise TargetError(f"{name} has no output embedding; a causal language model is needed")
         if getattr(lm_head, "bias", None) is not None:
             raise TargetError(f"{name}: lm_head has a bias, which the drafts that servers load have no place for")
+        if any(read_field(module, "is_causal") is False for module in blocks[0].modules()):
+            raise TargetError(f"{name}: {ONLY_DECODERS}, got attention to later tokens")
         return TargetParts(
             model=model,
             decoder=decoder,
