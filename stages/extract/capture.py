@@ -129,18 +129,13 @@ def keep_states(
     `real_places`.
     """
 
-    kept: set[int] = set()  # addresses of what was written
+    kept: set[int] = set()  # the ids of what was written
 
     def keep(into_ND: torch.Tensor, states_BTD: Any) -> None:
-        kept.add(id(into_ND))
-        if not isinstance(states_BTD, torch.Tensor) or states_BTD.dim() != 3 or states_BTD.shape[2] != into_ND.shape[1]:
-            found = list(states_BTD.shape) if isinstance(states_BTD, torch.Tensor) else type(states_BTD).__name__
-            raise TargetError(
-                f"{type(parts.model).__name__}: its blocks give {found}, expected one state of {into_ND.shape[1]} "
-                "values for each token, which is what drafts read; such a target cannot be cached"
-            )
+        _check_states(states_BTD, hidden_size=into_ND.shape[1], parts=parts)
         states = states_BTD.flatten(0, 1)
         into_ND.copy_(states if real_N is None else states.index_select(0, real_N.to(states.device)))
+        kept.add(id(into_ND))
 
     def keep_output(into_ND: torch.Tensor) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -168,9 +163,22 @@ def keep_states(
     finally:
         for handle in handles:
             handle.remove()
-    missing = [f"block {layer}" for layer, into_ND in places.items() if id(into_ND) not in kept]
-    if last_ND is not None and id(last_ND) not in kept:
-        missing.append("the final norm")
+    _check_kept([f"block {layer}" for layer, into_ND in places.items() if id(into_ND) not in kept], parts)
+    _check_kept(["the final norm"] if last_ND is not None and id(last_ND) not in kept else [], parts)
+
+
+def _check_states(states: Any, *, hidden_size: int, parts: TargetParts) -> None:
+    """Raises TargetError unless these are states [B, T, D], one for each token."""
+    if not isinstance(states, torch.Tensor) or states.dim() != 3 or states.shape[2] != hidden_size:
+        found = list(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
+        raise TargetError(
+            f"{type(parts.model).__name__}: its blocks give {found}, expected one state of {hidden_size} values for "
+            "each token, which is what drafts read; such a target cannot be cached"
+        )
+
+
+def _check_kept(missing: Sequence[str], parts: TargetParts) -> None:
+    """Raises TargetError where a block was passed over, as those that read images alone are."""
     if missing:
         raise TargetError(
             f"{type(parts.model).__name__}: {', '.join(missing)} did not run on text, so there is no state to keep; "
@@ -187,13 +195,16 @@ def check_blocks(parts: TargetParts, *, layers: Sequence[int]) -> None:
     hidden_size = parts.embed_tokens.weight.shape[1]
     ids_1N = torch.zeros(1, TRIED_TOKENS, device="meta", dtype=torch.long)
     states = {layer: torch.empty(TRIED_TOKENS, hidden_size, device="meta", dtype=parts.dtype) for layer in layers}
-    try:
-        with keep_states(parts, states, last_ND=torch.empty_like(next(iter(states.values())))):
-            parts.decoder(input_ids=ids_1N, use_cache=False)
-    except TargetError:
-        raise
-    except Exception as error:
-        logger.debug("%s does not run without weights: %s", type(parts.model).__name__, error)
+    for mask in (torch.ones_like(ids_1N), None):  # each has stacks that look at numbers with it
+        try:
+            with keep_states(parts, states, last_ND=torch.empty_like(next(iter(states.values())))):
+                parts.decoder(input_ids=ids_1N, attention_mask=mask, use_cache=False)
+        except TargetError:
+            raise
+        except Exception as error:
+            logger.debug("%s does not run without weights: %s", type(parts.model).__name__, error)
+        else:
+            return
 
 
 def pad_batch(input_ids: Sequence[np.ndarray]) -> PaddedBatch:

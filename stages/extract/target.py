@@ -129,7 +129,10 @@ def build_skeleton(folder: Path, config: Any, *, trust_remote_code: bool) -> Tar
     try:
         with torch.device("meta"):
             model = choose_class(config, trust_remote_code=trust_remote_code).from_config(
-                copy.deepcopy(config), trust_remote_code=trust_remote_code
+                copy.deepcopy(config),
+                trust_remote_code=trust_remote_code,
+                attn_implementation="eager",
+                dtype=torch.bfloat16,
             )
     except TargetError:
         raise
