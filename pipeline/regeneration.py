@@ -15,8 +15,10 @@ from rich.table import Table
 from pipeline.config import Config
 from stages.device import choose_device
 from stages.errors import SettingError
+from stages.extract import digests
 from stages.extract import target as targets
 from stages.extract.conversations import parse_chat
+from stages.extract.model_files import locate_target
 from stages.extract.rows import BadRowError, DataError, Row, expand_files, read_rows
 from stages.regenerate.prompts import NoTurnError, Prompt, PromptDigest, plan_prompt
 from stages.regenerate.publish import FAILURES
@@ -28,6 +30,7 @@ from stages.regenerate.work import Backend
 from stages.regeneration_record import MANIFEST, RegenerationIdentity, RegenerationManifest
 from stages.signals import ask_on_signals
 from stages.target_config import choose_max_length
+from stages.target_shape import parse_target_shape
 
 NOTICE = "answers on their way are waited for, ten seconds at most, or what a batch has finished is kept"
 NUM_REASONS_SHOWN = 5
@@ -140,13 +143,13 @@ def _digest_prompts(prompts: Callable[..., Iterator[Prompt]], config: Config) ->
 
 def describe_target(config: Config) -> Asked:
     """What the answers depend on, without weights. Raises StageError of some family."""
-    folder = targets.locate_target(config.target)
+    folder = locate_target(config.target)
     target_config = targets.load_config(folder, trust_remote_code=config.target.trust_remote_code)
     return Asked(
         folder=folder,
         config=target_config,
         tokenizer=targets.load_tokenizer(folder, target=config.target, chat_template=config.data.chat_template),
-        max_length=choose_max_length(config.data.max_length, target_config),
+        max_length=choose_max_length(config.data.max_length, parse_target_shape(target_config).max_positions),
     )
 
 
@@ -158,7 +161,7 @@ def _identify(config: Config, asked: Asked, *, digest: PromptDigest, is_local: b
     own: dict[str, Any] = {"served_model": _served_model(config), "extra_body": section.extra_body}
     if is_local:
         own = {
-            "target_weights_digest": targets.digest_weights(asked.folder),
+            "target_weights_digest": digests.digest_weights(asked.folder),
             "dtype": target.dtype,
             "attn_implementation": target.attn_implementation,
             "batch_size": section.batch_size,
@@ -168,9 +171,9 @@ def _identify(config: Config, asked: Asked, *, digest: PromptDigest, is_local: b
         prompts_digest=digest.hexdigest(),
         num_prompts=digest.num_prompts,
         max_length=asked.max_length,
-        target_config_digest=targets.digest_config(asked.config),
-        tokenizer_digest=targets.digest_tokenizer(asked.tokenizer),
-        chat_template_digest=targets.digest_chat_template(asked.tokenizer),
+        target_config_digest=digests.digest_config(asked.config),
+        tokenizer_digest=digests.digest_tokenizer(asked.tokenizer),
+        chat_template_digest=digests.digest_chat_template(asked.tokenizer),
         **shared,
         **own,
     )

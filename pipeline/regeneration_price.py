@@ -12,6 +12,7 @@ from stages.device import choose_device
 from stages.extract.ordered import map_ordered
 from stages.extract.price import ASSUMED_DECODE_UTILISATION, count_forward_parameters, estimate_hours
 from stages.extract.rows import expand_files
+from stages.extract.target import build_skeleton
 from stages.regenerate.dialogue import Dialogue
 from stages.regenerate.prompts import Prompt
 from stages.regenerate.render import PromptRenderer, RenderError, plan_tokens
@@ -51,7 +52,8 @@ def price_regeneration(config: Config) -> RegenerationPrice:
         num_prompt_tokens += num_tokens
         max_answer_tokens += room
     device = choose_device(config.extract.device)
-    parameters = count_forward_parameters(asked.config, trust_remote_code=config.target.trust_remote_code)
+    skeleton = build_skeleton(asked.folder, asked.config, trust_remote_code=config.target.trust_remote_code)
+    parameters = count_forward_parameters(skeleton)
     hours = partial(estimate_hours, num_parameters=parameters, device=device, dtype=getattr(torch, config.target.dtype))
     return RegenerationPrice(
         num_prompts=num_prompts,

@@ -46,6 +46,8 @@ class SampleCounts:
     bad: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    unseen_tokens: set[int] = field(default_factory=set)
+    """Of the ids that stand here at the start, those that no sample contains."""
 
     def record(self, kind: Counter[str], *, reason: str, row: Row) -> None:
         kind[reason] += 1
@@ -58,6 +60,8 @@ class SampleCounts:
         self.num_tokens += sample.num_tokens
         self.num_supervised += sample.num_supervised
         self.split_samples[sample.split] += 1
+        if self.unseen_tokens:
+            self.unseen_tokens.difference_update(np.unique(sample.input_ids).tolist())
         self.split_tokens[sample.split] += sample.num_tokens
 
     @property

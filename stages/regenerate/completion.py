@@ -1,6 +1,6 @@
 """A chat completion to an answer: what of it can be believed, how it ended, and which token ids it was sampled as."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
 
@@ -90,7 +90,7 @@ def _read_ids(
     return ids, prompt_ids
 
 
-def _are_ids(ids: Any) -> bool:
+def _are_ids(ids: Any) -> TypeGuard[list[int]]:
     return isinstance(ids, list) and bool(ids) and all(type(token) is int and 0 <= token <= MAX_COUNT for token in ids)
 
 

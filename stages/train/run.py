@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, Qwen3Config
+from transformers import Qwen3Config
 
 from stages.errors import SettingError
+from stages.target_shape import TargetShape, read_target_shape
 from stages.train.checkpoint import (
     CheckpointError,
     TrainerState,
@@ -28,6 +29,7 @@ from stages.train.config import build_draft_config
 from stages.train.feed import BatchFeed
 from stages.train.interrupt import StopRequest
 from stages.train.loop import Stepper, run_steps
+from stages.train.mask_token import choose_mask_token
 from stages.train.memory import check_memory, estimate_memory, free_memory, largest_batch
 from stages.train.metrics import MetricsLog
 from stages.train.model import Qwen3DSparkModel
@@ -72,16 +74,12 @@ def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
     """
 
     target_dir = reader.check_target("config.json", "head.safetensors")
-    try:
-        target_config = AutoConfig.from_pretrained(target_dir)
-    except (OSError, ValueError) as error:
-        raise SettingError(f"{target_dir}/config.json: this version of transformers cannot read it: {error}") from error
     return build_draft_config(
-        target_config,
+        _read_shape(target_dir, reader),
         num_draft_layers=draft.num_layers,
         block_size=draft.block_size,
         target_layer_ids=reader.layers,
-        mask_token_id=_choose_mask_token(draft, reader),
+        mask_token_id=choose_mask_token(draft.mask_token_id, reader),
         num_anchors=draft.num_anchors,
         markov_rank=draft.markov_rank,
         markov_head_type=draft.markov_head_type,
@@ -91,14 +89,20 @@ def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
     )
 
 
-def _choose_mask_token(draft: DraftSection, reader: CacheReader) -> int:
-    cached = reader.manifest.header.mask_token_id
-    chosen = cached if draft.mask_token_id is None else draft.mask_token_id
-    if chosen is None:
-        raise SettingError(
-            "draft.mask_token_id: the cache's target has no mask token; name an id that no conversation contains"
-        )
-    return chosen
+def _read_shape(target_dir: Path, reader: CacheReader) -> TargetShape:
+    """The target's shape. Raises SettingError where it is not that of the states in the cache."""
+    shape, header = read_target_shape(target_dir), reader.manifest.header
+    for name, expected in (
+        ("hidden_size", header.hidden_size),
+        ("num_layers", header.num_target_layers),
+        ("vocab_size", header.vocab_size),
+    ):
+        if getattr(shape, name) != expected:
+            raise SettingError(
+                f"{target_dir}: {name} is {getattr(shape, name)}, but the cache holds states of a target with "
+                f"{expected}; the folder was changed by hand: fetch the cache again"
+            )
+    return shape
 
 
 def build_draft(
