@@ -184,7 +184,8 @@ def _open_local(config: Config, asked: Asked) -> Backend:
     from stages.regenerate.local import LocalTarget, run_local
 
     device = choose_device(config.extract.device)
-    parts = targets.load_target(asked.folder, target=config.target, device=device)
+    max_length = choose_max_length(config.data.max_length, asked.config)
+    parts = targets.load_target(asked.folder, target=config.target, device=device, max_length=max_length)
     ends = targets.eos_token_ids(asked.folder, asked.config) | ({asked.tokenizer.eos_token_id} - {None})
     if not ends:
         raise SettingError(f"{asked.folder}: neither config nor tokenizer name an end-of-turn token")

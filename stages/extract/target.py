@@ -16,6 +16,7 @@ from torch import nn
 
 from stages.errors import StageError
 from stages.extract.settings import TargetSection
+from stages.rope import pin_rope
 from storage import CacheWriteError
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -226,8 +227,13 @@ class TargetParts:
         return dtype
 
 
-def load_target(folder: Path, *, target: TargetSection, device: torch.device) -> TargetParts:
-    """The target in evaluation mode on `device` (or as `target.device_map` spreads it). Raises TargetError."""
+def load_target(
+    folder: Path, *, target: TargetSection, device: torch.device, max_length: int | None = None
+) -> TargetParts:
+    """The target in evaluation mode on `device` (or as `target.device_map` spreads it). Raises TargetError.
+
+    `max_length`: the longest text; a rope that depends on the length is held to that of such a text.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -246,6 +252,8 @@ def load_target(folder: Path, *, target: TargetSection, device: torch.device) ->
     if target.device_map is None:
         model.to(device)
     model.eval()
+    if max_length is not None:
+        pin_rope(model, max_length=max_length)
     return find_parts(model)
 
 

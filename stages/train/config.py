@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig, Qwen3Config
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stages.errors import SettingError
+from stages.rope import draft_rope
 from stages.target_config import check_layers, default_layers, logit_transform
 
 MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
-
-# Keys of a target's rope that the draft does not have: it rotates whole heads of text positions.
-_FOREIGN_ROPE_KEYS = ("partial_rotary_factor", "mrope_section", "mrope_interleaved", "type")
 
 
 def default_target_layer_ids(num_target_layers: int) -> list[int]:
@@ -39,11 +36,14 @@ def build_draft_config(  # noqa: PLR0913 (one argument a field of the draft)
     enable_confidence_head: bool = True,
     confidence_head_with_markov: bool = True,
     intermediate_size: int | None = None,
+    max_length: int | None = None,
 ) -> Qwen3Config:
     """A draft config for any decoder target; a nested one (`text_config`) is opened.
 
     Dimensions, head size, rope, norm epsilon and vocabulary are the target's; logit scale and soft-cap too, where it
-    has them. `confidence_head_with_markov` is dropped with `markov_rank = 0`, where there is no embedding to see.
+    has them. A rope that depends on the length of a text becomes that of `max_length` tokens, the longest text that
+    states are taken of (None: as many as the target has positions); see `stages.rope`. `confidence_head_with_markov` is
+    dropped with `markov_rank = 0`, where there is no embedding to see.
 
     Raises SettingError, naming the value, for settings that no draft of this target can have.
     """
@@ -64,7 +64,7 @@ def build_draft_config(  # noqa: PLR0913 (one argument a field of the draft)
         )
     return Qwen3Config(
         architectures=["Qwen3DSparkModel"],
-        **_target_dimensions(target, intermediate_size=intermediate_size),
+        **_target_dimensions(target, intermediate_size=intermediate_size, max_length=max_length),
         num_hidden_layers=num_draft_layers,
         layer_types=["full_attention"] * num_draft_layers,
         use_sliding_window=False,
@@ -88,7 +88,9 @@ def build_draft_config(  # noqa: PLR0913 (one argument a field of the draft)
     )
 
 
-def _target_dimensions(target: PretrainedConfig, *, intermediate_size: int | None) -> dict[str, Any]:
+def _target_dimensions(
+    target: PretrainedConfig, *, intermediate_size: int | None, max_length: int | None
+) -> dict[str, Any]:
     hidden_size, num_heads = int(target.hidden_size), int(target.num_attention_heads)
     head_dim = getattr(target, "head_dim", None) or hidden_size // num_heads
     if head_dim % 2:
@@ -102,6 +104,7 @@ def _target_dimensions(target: PretrainedConfig, *, intermediate_size: int | Non
             + (" from the target; set draft.intermediate_size" if intermediate_size is None else "")
         )
     dtype = getattr(target, "dtype", None)
+    max_positions = int(getattr(target, "max_position_embeddings", None) or 32768)
     return {
         "vocab_size": int(target.vocab_size),
         "hidden_size": hidden_size,
@@ -110,10 +113,12 @@ def _target_dimensions(target: PretrainedConfig, *, intermediate_size: int | Non
         "num_key_value_heads": int(getattr(target, "num_key_value_heads", None) or num_heads),
         "head_dim": int(head_dim),
         "hidden_act": "silu",  # Qwen3's; servers accept no other
-        "max_position_embeddings": int(getattr(target, "max_position_embeddings", None) or 32768),
+        "max_position_embeddings": max_positions,
         "initializer_range": float(getattr(target, "initializer_range", None) or 0.02),
         "rms_norm_eps": float(getattr(target, "rms_norm_eps", None) or 1e-6),
-        "rope_parameters": _draft_rope(target),
+        "rope_parameters": draft_rope(
+            _target_rope(target), head_dim=int(head_dim), max_positions=max_positions, max_length=max_length
+        ),
         "dtype": dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
         "bos_token_id": getattr(target, "bos_token_id", None),
         "eos_token_id": getattr(target, "eos_token_id", None),
@@ -121,20 +126,10 @@ def _target_dimensions(target: PretrainedConfig, *, intermediate_size: int | Non
     }
 
 
-def _draft_rope(target: PretrainedConfig) -> dict[str, Any]:
-    """The target's rope, written in full; of a target with one rope per layer type, that of full attention."""
+def _target_rope(target: PretrainedConfig) -> dict[str, Any]:
+    """The target's rope; of a target with one for each layer type, that of full attention."""
     rope = dict(getattr(target, "rope_parameters", None) or {})
-    if isinstance(rope.get("full_attention"), dict):
-        rope = dict(rope["full_attention"])
-    rope = {key: value for key, value in rope.items() if key not in _FOREIGN_ROPE_KEYS and value is not None}
-    rope.setdefault("rope_type", "default")
-    rope.setdefault("rope_theta", 10000.0)
-    if rope["rope_type"] == "mrope":  # of text positions alone, all three sections agree
-        rope["rope_type"] = "default"
-    known = ["default", *ROPE_INIT_FUNCTIONS]
-    if rope["rope_type"] not in known:
-        raise SettingError(f"rope_type: expected one of {', '.join(known)}, got {rope['rope_type']!r} from the target")
-    return rope
+    return dict(rope["full_attention"]) if isinstance(rope.get("full_attention"), dict) else rope
 
 
 def _logit_fields(target: PretrainedConfig) -> dict[str, float]:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, Qwen3Config
+from transformers import AutoConfig, PretrainedConfig, Qwen3Config
 
 from stages.errors import SettingError
+from stages.rope import mixes_ropes
 from stages.train.checkpoint import (
     CheckpointError,
     TrainerState,
@@ -76,19 +77,34 @@ def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
         target_config = AutoConfig.from_pretrained(target_dir)
     except (OSError, ValueError) as error:
         raise SettingError(f"{target_dir}/config.json: this version of transformers cannot read it: {error}") from error
+    header, max_length = reader.manifest.header, reader.identity.max_length
+    _warn_of_mixed_ropes(reader, target_config)
     return build_draft_config(
         target_config,
         num_draft_layers=draft.num_layers,
         block_size=draft.block_size,
         target_layer_ids=reader.layers,
-        mask_token_id=reader.manifest.header.mask_token_id if draft.mask_token_id is None else draft.mask_token_id,
+        mask_token_id=header.mask_token_id if draft.mask_token_id is None else draft.mask_token_id,
         num_anchors=draft.num_anchors,
         markov_rank=draft.markov_rank,
         markov_head_type=draft.markov_head_type,
         enable_confidence_head=draft.enable_confidence_head,
         confidence_head_with_markov=draft.confidence_head_with_markov,
         intermediate_size=draft.intermediate_size,
+        max_length=max_length,
     )
+
+
+def _warn_of_mixed_ropes(reader: CacheReader, target_config: PretrainedConfig) -> None:
+    """Caches made before the target's rope was held to one set of frequencies do not name it."""
+    text_config = target_config.get_text_config(decoder=True)
+    is_named = "rope" in reader.manifest.header.provenance or reader.identity.imported_from is not None
+    if not is_named and mixes_ropes(text_config, max_length=reader.identity.max_length):
+        logger.warning(
+            "%s: an earlier version made it, which let each batch choose the target's rope: its states may depend on "
+            "what was computed beside them; extract it anew",
+            reader.path,
+        )
 
 
 def build_draft(
