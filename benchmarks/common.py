@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.config import Config, load_config
-from storage import CacheHeader, CacheIdentity, CachePlan, CacheWriter, PlannedSample
+from storage import FORMAT_VERSION, CacheHeader, CacheIdentity, CachePlan, CacheWriter, PlannedSample
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,6 +53,9 @@ def make_cache(
 ) -> Path:
     """A cache of random bf16 states with the spread of real ones."""
     identity = CacheIdentity(
+        format_version=FORMAT_VERSION,
+        max_samples=None,
+        validation_digest=None,
         **dict.fromkeys(("target_config_digest", "target_weights_digest", "tokenizer_digest"), "made up"),
         **dict.fromkeys(("chat_template_digest", "data_digest", "dtype", "attn_implementation"), "made up"),
         layers=tuple(range(num_layers)),

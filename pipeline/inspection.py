@@ -18,7 +18,7 @@ from storage import (
     CachePlan,
     CacheReader,
     CommitRecord,
-    LossyCommitRecord,
+    LossyCommitRecordV1,
     Sample,
     list_commits,
     read_commit,
@@ -198,7 +198,9 @@ def size_shards(records: Sequence[CommitRecord], *, num_tokens: int) -> int:
 
 def sum_up_error(records: Sequence[CommitRecord]) -> TotalVariation | None:
     """What the lossy encoding of these shards costs; None for an exact one."""
-    values = [value for record in records if isinstance(record, LossyCommitRecord) for value in record.total_variation]
+    values = [
+        value for record in records if isinstance(record, LossyCommitRecordV1) for value in record.total_variation
+    ]
     if not values:
         return None
     return TotalVariation(num_positions=len(values), mean=float(np.mean(values)), p99=float(np.quantile(values, 0.99)))

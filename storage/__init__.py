@@ -1,6 +1,6 @@
 """The cache on disk: its plan, its writer, its reader, its verifier. FORMAT.md is the normative description."""
 
-from storage.commit import CommitRecord, LossyCommitRecord, list_commits, read_commit
+from storage.commit import CommitRecord, LossyCommitRecord, LossyCommitRecordV1, list_commits, read_commit
 from storage.encodings import ENCODINGS, INNER_TOKENS, bytes_per_token
 from storage.errors import (
     CacheBusyError,
@@ -21,6 +21,7 @@ from storage.plan import CachePlan
 from storage.reader import CacheReader, Sample
 from storage.repair import RepairReport, repair_cache
 from storage.samples import PlannedSample
+from storage.sealed import FORMAT_VERSION
 from storage.sharding import plan_batches
 from storage.transfer import TransferResult, pull_cache, push_cache
 from storage.verify import Problem, VerifyReport, verify_cache
@@ -45,10 +46,12 @@ __all__ = [
     "VerifyReport",
     "Problem",
     "ENCODINGS",
+    "FORMAT_VERSION",
     "INNER_TOKENS",
     "RepairReport",
     "CommitRecord",
     "LossyCommitRecord",
+    "LossyCommitRecordV1",
     "list_commits",
     "read_commit",
     "bytes_per_token",

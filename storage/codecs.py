@@ -1,9 +1,10 @@
 """Inner chunks to stored bytes and back: blosc without loss, or one byte a value with scales.
 
-Pure functions of their arguments. R rows (tokens) of a chunk, L layers, D hidden size.
+Pure functions of their arguments. R rows (tokens) of a chunk, L layers, D hidden size, N groups of C channels.
 """
 
 import struct
+from collections.abc import Iterator
 
 import numcodecs.blosc
 import numpy as np
@@ -21,13 +22,8 @@ BLOSC_BLOCK_BYTES = 1 << 20
 BLOSC_MAX_OVERHEAD = numcodecs.blosc.MAX_OVERHEAD
 _BLOSC_HEADER = struct.Struct("<BBBBIII")  # version, version of the codec, flags, typesize, nbytes, blocksize, cbytes
 
-_LARGEST = {"chunk": 127.0, "token": 448.0}  # of int8, kept symmetric, and of float8_e4m3fn
-
-# Rounded down to a bfloat16, so that the largest decoded state is finite.
-_LARGEST_SCALE = {
-    name: float((torch.tensor(torch.finfo(torch.bfloat16).max / value).view(torch.int32) & ~0xFFFF).view(torch.float32))
-    for name, value in _LARGEST.items()
-}
+# Values that are decoded at a time: 4 MB in float32, which stay in a core's own cache (measured: 7.8 GB/s, not 3.8).
+_BLOCK_VALUES = 1 << 20
 
 
 def blosc_metadata(itemsize: int) -> dict[str, object]:
@@ -62,33 +58,71 @@ def decompress(source: npt.NDArray[np.uint8], out: npt.NDArray[np.uint8]) -> Non
 
 
 def quantize(rows: torch.Tensor, *, scaling: Scaling, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A chunk [R, ..., D] as ``dtype`` and its bf16 scales, [1, ..., D] or [R, ...]; not finite values become 0.
+    """A chunk [R, ..., D] as ``dtype`` and its bf16 scales [R, ..., N]; not finite values become 0.
 
-    A scale is the largest magnitude it serves over the largest value of ``dtype``, rounded up, so nothing
-    is clipped but what is within a rounding of the largest bfloat16.
+    Where a scale serves the whole chunk, there is one row of scales; where it serves all channels, no axis N. A scale
+    is the largest magnitude it serves over ``scaling.largest``, rounded up, so nothing is clipped but what is within a
+    rounding of the largest bfloat16.
     """
+    hidden_size = rows.shape[-1]
     values = torch.nan_to_num(rows.float(), nan=0.0, posinf=0.0, neginf=0.0)
-    axis = 0 if scaling == "chunk" else -1
-    scales = _round_up(values.abs().amax(axis, keepdim=True) / _LARGEST[scaling]).clamp_(max=_LARGEST_SCALE[scaling])
-    values /= torch.where(scales > 0, scales, 1.0)
+    groups = _as_groups(values, scaling)  # [R, ..., N, C]
+    largest = groups.abs().amax(-1)
+    if scaling.tokens > 1:
+        largest = largest.amax(0, keepdim=True)
+    scales = _round_up(largest / scaling.largest).clamp_(max=_largest_scale(scaling))
+    scaled = groups / torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
     if dtype == torch.int8:
-        values.round_()
-    limit = _LARGEST[scaling]
-    return values.clamp_(-limit, limit).to(dtype), (scales if scaling == "chunk" else scales.squeeze(-1)).bfloat16()
+        scaled.round_()
+    elements = scaled.clamp_(-scaling.largest, scaling.largest).to(dtype).flatten(-2)[..., :hidden_size]
+    return elements, (scales.squeeze(-1) if scaling.channels is None else scales).bfloat16()
 
 
 def dequantize(
     values: torch.Tensor, scales: torch.Tensor, *, scaling: Scaling, start: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Rows [T, ..., D] from row ``start`` of a shard on, in ``dtype``; ``scales`` are those of the chunks or rows."""
-    if scaling == "token":
-        return widen_e4m3(values).mul_(scales.float().unsqueeze(-1)).to(dtype)
     out = torch.empty(values.shape, dtype=dtype)
-    first = start // INNER_TOKENS
-    for chunk, scale in enumerate(scales.float(), start=first):
-        rows = slice(max(chunk * INNER_TOKENS - start, 0), (chunk + 1) * INNER_TOKENS - start)
-        out[rows] = values[rows].float().mul_(scale)
+    if scaling.channels is None:
+        scales = scales.unsqueeze(-1)
+    for rows, scale_rows in _blocks(values, scaling, start=start):
+        _multiply(values[rows], scales[scale_rows].float(), scaling, out=out[rows])
     return out
+
+
+def _as_groups(values: torch.Tensor, scaling: Scaling) -> torch.Tensor:
+    """[..., D] as [..., N, C]; zeros fill the last group."""
+    size = scaling.channels or values.shape[-1]
+    filled = torch.nn.functional.pad(values, (0, -values.shape[-1] % size))
+    return filled.view(*filled.shape[:-1], -1, size)
+
+
+def _largest_scale(scaling: Scaling) -> float:
+    """Rounded down to a bfloat16, so that the largest decoded state is finite."""
+    bits = torch.tensor(torch.finfo(torch.bfloat16).max / scaling.largest).view(torch.int32) & ~0xFFFF
+    return float(bits.view(torch.float32))
+
+
+def _blocks(values: torch.Tensor, scaling: Scaling, *, start: int) -> Iterator[tuple[slice, slice]]:
+    """Pieces of the rows, and the rows of scales that serve each; none crosses an inner chunk."""
+    step = max(_BLOCK_VALUES // max(values[0].numel(), 1), 1) if len(values) else 1
+    first = start // INNER_TOKENS
+    place = 0
+    while place < len(values):
+        chunk = (start + place) // INNER_TOKENS
+        stop = min(place + step, (chunk + 1) * INNER_TOKENS - start, len(values))
+        yield slice(place, stop), slice(place, stop) if scaling.tokens == 1 else slice(chunk - first, chunk - first + 1)
+        place = stop
+
+
+def _multiply(values: torch.Tensor, scales: torch.Tensor, scaling: Scaling, *, out: torch.Tensor) -> None:
+    """Elements [R, ..., D] times scales [R or 1, ..., N] in float32, rounded into ``out``."""
+    decoded = widen_e4m3(values) if values.dtype == torch.float8_e4m3fn else values.float()
+    size = scaling.channels or values.shape[-1]
+    whole = values.shape[-1] // size  # groups, but for a smaller last one
+    decoded[..., : whole * size].view(*values.shape[:-1], whole, size).mul_(scales[..., :whole, None])
+    decoded[..., whole * size :].mul_(scales[..., whole:])
+    out.copy_(decoded)
 
 
 def widen_e4m3(values: torch.Tensor) -> torch.Tensor:

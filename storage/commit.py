@@ -49,7 +49,7 @@ class CommitRecord(SealedRecord):
     excluded: tuple[ExcludedSample, ...]
 
 
-class LossyCommitRecord(CommitRecord):
+class LossyCommitRecordV1(CommitRecord):
     """The record of a lossy encoding: with total variations between the exact and the decoded target distribution.
 
     At some supervised positions of the shard, ascending, to six decimals.
@@ -58,17 +58,33 @@ class LossyCommitRecord(CommitRecord):
     total_variation: tuple[Annotated[float, Field(ge=0, le=1)], ...]
 
 
+class LossyCommitRecord(LossyCommitRecordV1):
+    """Since version 2: also ‖decoded - exact‖₂ / ‖exact‖₂ at some tokens of the shard, ascending, to six decimals.
+
+    A tuple for each stored state: the layers in order, then the last state. A zero state has 0.
+    """
+
+    relative_error: tuple[tuple[Annotated[float, Field(ge=0)], ...], ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlannedShard:
     """What the plan says about a shard, against which its record is held."""
 
     root: Path
     shard: int
+    format_version: int
     plan_digest: str
     num_samples: int
     num_tokens: int
     arrays: tuple[ArraySpec, ...]
     encoding: Encoding
+
+    @property
+    def num_states(self) -> int:
+        """States of a token: the stored layers and the last one."""
+        hidden, *_ = self.specs_of(layout.HIDDEN_STATES)
+        return hidden.row_shape[0] + 1
 
     def specs_of(self, array: str) -> tuple[ArraySpec, ...]:
         """An array of states, followed by its scales where it has any."""
@@ -82,6 +98,7 @@ def plan_shard(root: Path, manifest: Manifest, index: PlanIndex, shard: int) -> 
     return PlannedShard(
         root=root,
         shard=shard,
+        format_version=manifest.format_version,
         plan_digest=manifest.plan_digest,
         num_samples=len(index.shard_rows(shard)),
         num_tokens=num_tokens,
@@ -97,10 +114,21 @@ def seal_commit(
     arrays: Mapping[str, ArrayRecord],
     excluded: Sequence[ExcludedSample] = (),
     total_variation: Sequence[float] = (),
+    relative_error: Sequence[Sequence[float]] = (),
 ) -> CommitRecord:
-    """The record of a written shard. ``total_variation`` is that of a lossy encoding, in any order."""
-    measured = {"total_variation": tuple(sorted(round(value, 6) for value in total_variation))}
-    return record_type(planned).seal(
+    """The record of a written shard, in its plan's version.
+
+    ``total_variation`` and ``relative_error`` are those of a lossy encoding, the values in any order; without the
+    second the record says of each state that nothing was measured.
+    """
+    kind = record_type(planned)
+    measured: dict[str, object] = {}
+    if issubclass(kind, LossyCommitRecordV1):
+        measured["total_variation"] = _in_order(total_variation)
+    if issubclass(kind, LossyCommitRecord):
+        measured["relative_error"] = tuple(map(_in_order, relative_error or [()] * planned.num_states))
+    return kind.seal(
+        format_version=planned.format_version,
         shard=planned.shard,
         plan_digest=planned.plan_digest,
         num_samples=planned.num_samples,
@@ -108,13 +136,19 @@ def seal_commit(
         token_digest=token_digest,
         arrays=dict(arrays),
         excluded=tuple(sorted(excluded, key=lambda sample: sample.sample_id)),
-        **(measured if planned.encoding.lossy else {}),
+        **measured,
     )
 
 
 def record_type(planned: PlannedShard) -> type[CommitRecord]:
     """The form that the shard's record has."""
-    return LossyCommitRecord if planned.encoding.lossy else CommitRecord
+    if not planned.encoding.lossy:
+        return CommitRecord
+    return LossyCommitRecordV1 if planned.format_version == 1 else LossyCommitRecord
+
+
+def _in_order(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(sorted(round(value, 6) for value in values))
 
 
 def list_commits(root: Path) -> tuple[set[int], set[int]]:
@@ -152,13 +186,16 @@ def read_commit(planned: PlannedShard, *, has_marker: bool) -> CommitRecord:
 
 def check_commit(record: CommitRecord, planned: PlannedShard, *, where: str) -> None:
     """Refuse a record of another shard or of another plan; ``where`` is its file, for messages."""
-    pairs = {
+    pairs: dict[str, tuple[object, object]] = {
+        "format_version": (record.format_version, planned.format_version),
         "shard": (record.shard, planned.shard),
         "plan_digest": (record.plan_digest, planned.plan_digest),
         "num_samples": (record.num_samples, planned.num_samples),
         "num_tokens": (record.num_tokens, planned.num_tokens),
         "arrays": (sorted(record.arrays), sorted(spec.name for spec in planned.arrays)),
     }
+    if isinstance(record, LossyCommitRecord):
+        pairs["states with a relative_error"] = (len(record.relative_error), planned.num_states)
     wrong = [f"{name} {got}, planned {expected}" for name, (got, expected) in pairs.items() if got != expected]
     for spec in planned.arrays:
         array = record.arrays.get(spec.name)

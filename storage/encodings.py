@@ -3,17 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
 import torch
 
 from storage.errors import CacheFormatError
+from storage.sealed import FORMAT_VERSION
 
-# Tokens of one inner chunk: the unit of checksums, of compression and of int8's scales. 7.9 MB at 6 states of 2,560
-# bf16 values: under 1 ms of crc32c, 6 ms of decompression on one core.
+# Tokens of one inner chunk: the unit of checksums and of compression. 7.9 MB at 6 states of 2,560 bf16 values: under
+# 1 ms of crc32c, 6 ms of decompression on one core.
 INNER_TOKENS = 256
 
-Scaling = Literal["none", "chunk", "token"]
+# Channels of a token that share a scale of int8. Real targets have channels of 300 times the others' size in some
+# tokens: such a value may cost the precision of its own group, in its own token, and of nothing else.
+INT8_GROUP = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,26 +32,55 @@ class Element:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoding:
-    """``torch_dtype`` is what a reader gives, ``element`` what lies on disk.
+class Scaling:
+    """Which elements of a layer share a scale: ``tokens`` rows of an inner chunk by ``channels`` of the hidden axis.
 
-    ``scaling``: "none"; "chunk", one scale per channel for each inner chunk; "token", one per token and layer. State =
-    element x scale. An encoding that is neither compressed nor scaled is mapped: the payload is the plain array.
+    ``tokens`` is 1 or INNER_TOKENS. ``channels`` None are all of them; the last group may have fewer. ``largest`` is
+    the magnitude of an element that stands for the largest of its group.
+    """
+
+    tokens: int
+    channels: int | None
+    largest: float
+
+    def num_groups(self, hidden_size: int) -> int:
+        """Scales of one token and layer."""
+        return -(-hidden_size // (self.channels or hidden_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """``torch_dtype`` is what a reader gives, ``element`` what lies on disk; state = element x scale.
+
+    An encoding that is neither compressed nor scaled is mapped: the payload is the plain array.
     """
 
     name: str
     torch_dtype: torch.dtype
     element: Element
     compressed: bool = False
-    scaling: Scaling = "none"
+    scaling: Scaling | None = None
 
     @property
     def lossy(self) -> bool:
         """Whether states are rounded to something coarser than the target's own precision."""
-        return self.scaling != "none"
+        return self.scaling is not None
+
+    def bytes_per_token(self, *, num_layers: int, hidden_size: int) -> int:
+        """Payload bytes of one token, rounded up: every stored layer and the last state, scales included.
+
+        Of a compressed encoding this is the size before compression.
+        """
+        num_states, scaling = num_layers + 1, self.scaling
+        num_bytes = num_states * hidden_size * self.element.torch_dtype.itemsize
+        if scaling is None:
+            return num_bytes
+        num_scales = -(-num_states * scaling.num_groups(hidden_size) // scaling.tokens)
+        return num_bytes + num_scales * BFLOAT16.torch_dtype.itemsize
 
 
 BFLOAT16 = Element(torch_dtype=torch.bfloat16, zarr_type="uint16", logical_dtype="bfloat16")  # Zarr has no bfloat16
+INT8 = Element(torch_dtype=torch.int8, zarr_type="int8")
 
 _ENCODINGS = (
     Encoding(name="bf16", torch_dtype=torch.bfloat16, element=BFLOAT16),
@@ -67,32 +98,41 @@ _ENCODINGS = (
     Encoding(
         name="int8",
         torch_dtype=torch.bfloat16,
-        element=Element(torch_dtype=torch.int8, zarr_type="int8"),
-        scaling="chunk",
+        element=INT8,
+        scaling=Scaling(tokens=1, channels=INT8_GROUP, largest=127.0),  # kept symmetric
     ),
     Encoding(
         name="fp8",
         torch_dtype=torch.bfloat16,
         element=Element(torch_dtype=torch.float8_e4m3fn, zarr_type="uint8", logical_dtype="float8_e4m3fn"),
-        scaling="token",
+        scaling=Scaling(tokens=1, channels=None, largest=448.0),
     ),
 )
 ENCODINGS: Mapping[str, Encoding] = MappingProxyType({encoding.name: encoding for encoding in _ENCODINGS})
 
+# What the names meant in a cache of version 1, whose int8 had one scale per channel for each inner chunk.
+ENCODINGS_V1: Mapping[str, Encoding] = MappingProxyType(
+    {
+        **ENCODINGS,
+        "int8": Encoding(
+            name="int8",
+            torch_dtype=torch.bfloat16,
+            element=INT8,
+            scaling=Scaling(tokens=INNER_TOKENS, channels=1, largest=127.0),
+        ),
+    }
+)
 
-def parse_encoding(name: str) -> Encoding:
-    """The encoding of that name; an unknown one is an error that lists the known."""
-    if name not in ENCODINGS:
-        raise CacheFormatError(f"encoding {name!r} is not one that this code reads: {', '.join(ENCODINGS)}")
-    return ENCODINGS[name]
+
+def parse_encoding(name: str, *, format_version: int) -> Encoding:
+    """What the name stands for in a cache of that version; an unknown one is an error that lists the known."""
+    encodings = ENCODINGS_V1 if format_version == 1 else ENCODINGS
+    if name not in encodings:
+        raise CacheFormatError(f"encoding {name!r} is not one that this code reads: {', '.join(encodings)}")
+    return encodings[name]
 
 
 def bytes_per_token(*, num_layers: int, hidden_size: int, encoding: str) -> int:
-    """Payload bytes of one token, rounded up: every stored layer and the last state, scales included.
-
-    Of a compressed encoding this is the size before compression.
-    """
-    parsed, num_states = parse_encoding(encoding), num_layers + 1
-    num_values = num_states * hidden_size
-    num_scales = {"none": 0, "chunk": -(-num_values // INNER_TOKENS), "token": num_states}[parsed.scaling]
-    return num_values * parsed.element.torch_dtype.itemsize + num_scales * BFLOAT16.torch_dtype.itemsize
+    """Payload bytes of one token in a new cache; see ``Encoding.bytes_per_token``."""
+    parsed = parse_encoding(encoding, format_version=FORMAT_VERSION)
+    return parsed.bytes_per_token(num_layers=num_layers, hidden_size=hidden_size)

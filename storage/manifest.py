@@ -6,15 +6,15 @@ Written once by ``CachePlan.write``, as the last file of the plan; read by every
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from storage import layout
-from storage.encodings import Encoding, bytes_per_token, parse_encoding
+from storage.encodings import Encoding, parse_encoding
 from storage.errors import CacheFormatError, CacheIdentityError, CacheNotFoundError
 from storage.files import read_inside
-from storage.sealed import FORMAT_VERSION, Count, Crc32c, Record, SealedRecord, Sha256, canonical_json
+from storage.sealed import Count, Crc32c, Record, SealedRecord, Sha256, canonical_json
 
 SHA256_DIGITS = 64
 
@@ -35,12 +35,8 @@ def _parse_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
     return layers
 
 
-def _parse_encoding_name(name: str) -> str:
-    return parse_encoding(name).name
-
-
-class CacheIdentity(Record):
-    """Everything that changes the bytes of a cache, and nothing else."""
+class _IdentityFields(Record):
+    """What the identities of all versions hold."""
 
     target_config_digest: str
     target_weights_digest: str
@@ -48,7 +44,7 @@ class CacheIdentity(Record):
     chat_template_digest: str
     data_digest: str
     layers: Annotated[tuple[int, ...], AfterValidator(_parse_layers)]
-    encoding: Annotated[str, AfterValidator(_parse_encoding_name)]
+    encoding: str
     dtype: str
     attn_implementation: str
     max_length: Annotated[int, Field(ge=1)]
@@ -59,6 +55,24 @@ class CacheIdentity(Record):
     max_batch_tokens: Annotated[int, Field(ge=1)]
     shard_bytes: Annotated[int, Field(ge=1)]
 
+
+class CacheIdentity(_IdentityFields):
+    """Everything that changes the bytes of a cache, and nothing else.
+
+    ``format_version`` is that of the cache: it says what the encoding's name means. ``max_samples``: the first rows of
+    the data that are taken, None for all. ``validation_digest``: of what names the validation split's rows, None where
+    ``validation_fraction`` alone decides.
+    """
+
+    format_version: Literal[1, 2]
+    max_samples: Annotated[int, Field(ge=1)] | None
+    validation_digest: str | None
+
+    @model_validator(mode="after")
+    def _check_encoding(self) -> Self:
+        parse_encoding(self.encoding, format_version=self.format_version)
+        return self
+
     @property
     def imported_from(self) -> str | None:
         """The format of the cache that this one was imported from; None if the states were extracted."""
@@ -66,17 +80,23 @@ class CacheIdentity(Record):
         return name if colon else None
 
     def digest(self) -> str:
-        """Hexadecimal sha256 over the format version and every field."""
-        fields = {"format_version": FORMAT_VERSION, **self.model_dump(mode="json")}
-        return hashlib.sha256(canonical_json(fields)).hexdigest()
+        """Hexadecimal sha256 over the format version and every field that this version has."""
+        left_out = _FIELDS_OF_2 if self.format_version == 1 else set()
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json", exclude=left_out))).hexdigest()
 
     def differences(self, other: "CacheIdentity") -> list[str]:
-        """One line for each field in which this cache's identity is not the one that a run wants."""
+        """One line for each field in which this cache's identity is not the one that a run wants.
+
+        The format version is none of them: a cache of an older one is used as it is.
+        """
         return [
             f"{name}: cache has {_shorten(getattr(self, name))}, this run has {_shorten(getattr(other, name))}"
             for name in type(self).model_fields
-            if getattr(self, name) != getattr(other, name)
+            if name != "format_version" and getattr(self, name) != getattr(other, name)
         ]
+
+
+_FIELDS_OF_2 = {"max_samples", "validation_digest"}
 
 
 def _shorten(value: object) -> str:
@@ -98,17 +118,25 @@ def check_identity(cache_identity: CacheIdentity, wanted: CacheIdentity, *, wher
         raise CacheIdentityError(f"{where}: the cache was made from other inputs:{lines}\n{advice}")
 
 
-class CacheHeader(Record):
-    """What the extractor knows about a cache before the first sample: the input of a plan."""
+class _HeaderFields(Record):
+    """What the headers of all versions hold."""
 
-    identity: CacheIdentity
     hidden_size: Annotated[int, Field(ge=1)]
     num_target_layers: Annotated[int, Field(ge=1)]
     vocab_size: Annotated[int, Field(ge=1)]
-    mask_token_id: Count
     logit_scale: float | None
     logit_softcap: float | None
     provenance: dict[str, str]
+
+
+class CacheHeader(_HeaderFields):
+    """What the extractor knows about a cache before the first sample: the input of a plan.
+
+    ``mask_token_id`` is None where the target's tokenizer has no token for it: extraction needs none.
+    """
+
+    identity: CacheIdentity
+    mask_token_id: Count | None
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
@@ -119,14 +147,12 @@ class CacheHeader(Record):
     @property
     def encoding(self) -> Encoding:
         """How the states are stored."""
-        return parse_encoding(self.identity.encoding)
+        return parse_encoding(self.identity.encoding, format_version=self.identity.format_version)
 
     @property
     def token_bytes(self) -> int:
         """Payload bytes of one token."""
-        return bytes_per_token(
-            num_layers=len(self.identity.layers), hidden_size=self.hidden_size, encoding=self.identity.encoding
-        )
+        return self.encoding.bytes_per_token(num_layers=len(self.identity.layers), hidden_size=self.hidden_size)
 
 
 class FileRecord(Record):
@@ -156,13 +182,12 @@ class PlanSummary(Record):
     dropped: dict[str, Count]
 
 
-class Manifest(SealedRecord):
-    """``manifest.json``."""
+class _ManifestFields(SealedRecord):
+    """What the manifests of all versions hold."""
 
     format: Literal["dspark-cache"]
     layer_convention: str
     last_state_convention: str
-    header: CacheHeader
     plan: PlanSummary
     plan_digest: Sha256
     files: dict[str, FileRecord]
@@ -176,10 +201,49 @@ class Manifest(SealedRecord):
             raise ValueError(f"files do not name the index and {self.plan.num_shards} samples files")
         return self
 
+
+class Manifest(_ManifestFields):
+    """``manifest.json``. One of version 1 is written as it was; in memory it says what version 1 meant."""
+
+    header: CacheHeader
+
+    @model_validator(mode="after")
+    def _check_version(self) -> Self:
+        if self.identity.format_version != self.format_version:
+            raise ValueError(f"the identity is of version {self.identity.format_version}, not {self.format_version}")
+        return self
+
     @property
     def identity(self) -> CacheIdentity:
         """What the cache is keyed on."""
         return self.header.identity
+
+    def to_fields(self) -> dict[str, Any]:
+        """The JSON object that the file holds."""
+        fields = super().to_fields()
+        if self.format_version == 1:
+            for name in ("format_version", *_FIELDS_OF_2):
+                del fields["header"]["identity"][name]
+        return fields
+
+    @classmethod
+    def parse_form(cls, data: bytes, *, format_version: int) -> Self:
+        """The manifest of a file of that version."""
+        if format_version != 1:
+            return cls.model_validate_json(data)
+        fields = _ManifestV1.model_validate_json(data).model_dump()
+        # Version 1 took all rows, and split them by `validation_fraction` alone.
+        fields["header"]["identity"] |= {"format_version": 1, "max_samples": None, "validation_digest": None}
+        return cls.model_validate(fields)
+
+
+class _HeaderV1(_HeaderFields):
+    identity: _IdentityFields
+    mask_token_id: Count
+
+
+class _ManifestV1(_ManifestFields):
+    header: _HeaderV1
 
 
 def digest_plan(identity: CacheIdentity, token_digests: list[str]) -> str:
@@ -193,6 +257,7 @@ def seal_manifest(
 ) -> Manifest:
     """The manifest of a finished plan."""
     return Manifest.seal(
+        format_version=header.identity.format_version,
         format="dspark-cache",
         layer_convention=LAYER_CONVENTION,
         last_state_convention=LAST_STATE_CONVENTION,

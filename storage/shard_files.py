@@ -19,7 +19,7 @@ import torch
 from storage import layout
 from storage.codecs import decompress, dequantize
 from storage.commit import ArrayRecord, CommitRecord, PlannedShard, remedy
-from storage.encodings import INNER_TOKENS, Encoding
+from storage.encodings import Encoding, Scaling
 from storage.errors import CacheCorruptError, CacheReadError
 from storage.files import crc32c_hex, open_inside, read_inside
 from storage.zarr_array import ArraySpec
@@ -186,21 +186,21 @@ class StoredArray:
 class ScaledStates:
     """States that are stored as one byte a value and scales."""
 
-    def __init__(self, values: StoredArray, scales: StoredArray, encoding: Encoding) -> None:
+    def __init__(self, values: StoredArray, scales: StoredArray, *, scaling: Scaling, dtype: torch.dtype) -> None:
         self._values = values
         self._scales = scales
-        self._encoding = encoding
+        self._scaling = scaling
+        self._dtype = dtype
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows of a sample, decoded."""
-        encoding = self._encoding
-        rows = (start // INNER_TOKENS, -(-stop // INNER_TOKENS)) if encoding.scaling == "chunk" else (start, stop)
+        tokens = self._scaling.tokens
         return dequantize(
             self._values.read(start, stop),
-            self._scales.read(*rows),
-            scaling=encoding.scaling,
+            self._scales.read(start // tokens, -(-stop // tokens)),
+            scaling=self._scaling,
             start=start,
-            dtype=encoding.torch_dtype,
+            dtype=self._dtype,
         )
 
 
@@ -232,7 +232,9 @@ def open_states(
         record = records[spec.name]
         file = kind(folder, spec.data_name, num_bytes=record.file_bytes, hint=hint)
         arrays.append(StoredArray(file, spec, record, access, hint=hint))
-    return arrays[0] if encoding.scaling == "none" else ScaledStates(arrays[0], arrays[1], encoding)
+    if encoding.scaling is None:
+        return arrays[0]
+    return ScaledStates(arrays[0], arrays[1], scaling=encoding.scaling, dtype=encoding.torch_dtype)
 
 
 def _open(root: Path, name: str, *, num_bytes: int, hint: str) -> int:

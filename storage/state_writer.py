@@ -75,7 +75,7 @@ class StateWriter:
             work = partial(compress, itemsize=encoding.element.torch_dtype.itemsize)
             for data in (self._pool.map if self._pool else map)(work, map(_bytes, chunks)):
                 self.arrays[0].append(data)
-        elif encoding.scaling == "none":
+        elif encoding.scaling is None:
             for chunk in chunks:
                 self.arrays[0].append(_bytes(chunk))
         else:

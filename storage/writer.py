@@ -9,7 +9,7 @@ that holds the lock on its samples file, and a writer that comes too late is tol
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from types import TracebackType
 
@@ -82,6 +82,7 @@ class ShardWriter:
         self._states: list[StateWriter] = []
         self._excluded: dict[int, ExcludedSample] = {}
         self._total_variation: list[float] = []
+        self._relative_error: list[list[float]] = []
 
     def __enter__(self) -> "ShardWriter":
         return self.open()
@@ -154,6 +155,13 @@ class ShardWriter:
         """What a lossy encoding costs: ½·‖p_exact - p_decoded‖₁ of the target's distribution at some positions."""
         self._total_variation.extend(values)
 
+    def record_relative_error(self, values: Sequence[Sequence[float]]) -> None:
+        """What a lossy encoding costs: ‖decoded - exact‖₂ / ‖exact‖₂ at some tokens, of each layer and the last state.
+
+        A cache of version 1 has no place for it.
+        """
+        self._relative_error = [list(errors) for errors in values]
+
     def exclude(self, sample_id: int, reason: str, layer: int | None = None) -> None:
         """Quarantine a sample of this shard: its rows are still to be appended, but no reader will return it."""
         if all(sample.sample_id != sample_id for sample in self._samples):
@@ -208,6 +216,7 @@ class ShardWriter:
             arrays={array.spec.name: _record_of(array) for array in self._arrays()},
             excluded=list(self._excluded.values()),
             total_variation=self._total_variation,
+            relative_error=self._relative_error,
         )
         self._marker.unlink(missing_ok=True)
         if record.excluded:

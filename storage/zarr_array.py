@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from storage import layout
 from storage.codecs import BLOSC_MAX_OVERHEAD, blosc_metadata
-from storage.encodings import BFLOAT16, INNER_TOKENS, Element
+from storage.encodings import BFLOAT16, INNER_TOKENS, Element, Scaling
 from storage.errors import CacheCorruptError, CacheUsageError
 from storage.files import Bytes, crc32c_hex, disk_errors, sync_directory, write_all, write_durable
 from storage.manifest import CacheHeader
@@ -142,9 +142,10 @@ def plan_arrays(header: CacheHeader, num_tokens: int) -> tuple[ArraySpec, ...]:
     last = _plan_states(
         layout.LAST_HIDDEN_STATES, header, num_tokens=num_tokens, axes={"hidden": hidden_size}, attributes={}
     )
-    if header.encoding.scaling == "none":
+    scaling = header.encoding.scaling
+    if scaling is None:
         return hidden, last
-    return hidden, last, _plan_scales(hidden, header), _plan_scales(last, header)
+    return hidden, last, _plan_scales(hidden, scaling), _plan_scales(last, scaling)
 
 
 def _plan_states(
@@ -152,9 +153,10 @@ def _plan_states(
 ) -> ArraySpec:
     encoding = header.encoding
     scales: dict[str, object] = {}
-    if encoding.scaling != "none":
-        tokens = INNER_TOKENS if encoding.scaling == "chunk" else 1
-        scales = {"scale": layout.scale_name(name), "tokens_per_scale": tokens}
+    if (scaling := encoding.scaling) is not None:
+        scales = {"scale": layout.scale_name(name), "tokens_per_scale": scaling.tokens}
+        if scaling.channels is not None and scaling.channels > 1:
+            scales["channels_per_scale"] = scaling.channels
     return ArraySpec(
         name=name,
         num_rows=num_tokens,
@@ -166,13 +168,18 @@ def _plan_states(
     )
 
 
-def _plan_scales(states: ArraySpec, header: CacheHeader) -> ArraySpec:
-    by_chunk = header.encoding.scaling == "chunk"
+def _plan_scales(states: ArraySpec, scaling: Scaling) -> ArraySpec:
+    *row_shape, hidden_size = states.row_shape
+    *names, hidden_name = states.dimension_names[1:]
+    if scaling.channels is not None:
+        row_shape.append(scaling.num_groups(hidden_size))
+        names.append(hidden_name if scaling.channels == 1 else "group")
+    by_chunk = scaling.tokens == INNER_TOKENS
     return ArraySpec(
         name=layout.scale_name(states.name),
         num_rows=states.num_chunks if by_chunk else states.num_rows,
-        row_shape=states.row_shape if by_chunk else states.row_shape[:-1],
-        dimension_names=("chunk", *states.dimension_names[1:]) if by_chunk else states.dimension_names[:-1],
+        row_shape=tuple(row_shape),
+        dimension_names=("chunk" if by_chunk else "token", *names),
         element=BFLOAT16,
         chunk_rows=1 if by_chunk else INNER_TOKENS,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from storage import CacheHeader, CacheIdentity, CachePlan, CacheReader, CacheWriter, PlannedSample
+from storage import FORMAT_VERSION, CacheHeader, CacheIdentity, CachePlan, CacheReader, CacheWriter, PlannedSample
 
 HIDDEN_SIZE = 8
 VOCAB_SIZE = 97
@@ -15,6 +15,7 @@ VOCAB_SIZE = 97
 
 def make_identity(**changes: Any) -> CacheIdentity:
     fields: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
         "target_config_digest": "c0",
         "target_weights_digest": "w0",
         "tokenizer_digest": "t0",
@@ -29,6 +30,8 @@ def make_identity(**changes: Any) -> CacheIdentity:
         "supervise": "all",
         "min_supervised_tokens": 1,
         "validation_fraction": 0.25,
+        "max_samples": None,
+        "validation_digest": None,
         "max_batch_tokens": 64,
         "shard_bytes": 20 * 4 * HIDDEN_SIZE * 2,  # twenty tokens of four bf16 states
     }

@@ -253,10 +253,13 @@ def reseal(cache: Path, change: Callable[[dict[str, object]], object]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.pop("format_version"), "has no format_version; this code reads version 1"),
-        (lambda m: m.update(format_version=FORMAT_VERSION + 1), "has format_version 2; this code reads version 1"),
+        (lambda m: m.pop("format_version"), "has no format_version; this code reads versions 1 and 2"),
+        (lambda m: m.update(format_version=FORMAT_VERSION + 1), "has format_version 3; this code reads versions 1"),
         (lambda m: m.update(format_version=True), "has format_version True"),
         (lambda m: m.update(surprise=1), "surprise: Extra inputs"),
+        (lambda m: m.update(format_version=1), "identity.format_version: Extra inputs"),
+        (lambda m: m["header"]["identity"].update(format_version=1), "the identity is of version 1, not 2"),
+        (lambda m: m["header"]["identity"].pop("max_samples"), "max_samples: Field required"),
         (lambda m: m.pop("plan_digest"), "plan_digest: Field required"),
         (lambda m: m["header"].update(hidden_size="8"), "header.hidden_size: Input should be a valid integer"),
         (lambda m: m["header"].update(hidden_size=1 << 40), "metadata|bytes|planned"),

@@ -74,9 +74,12 @@ def as_float(stored: np.ndarray, logical_dtype: str | None) -> np.ndarray:
     return stored.view(dtype[logical_dtype]).astype(np.float32)
 
 
+@pytest.mark.parametrize("hidden_size", [8, 64, 100])
 @pytest.mark.parametrize("encoding", LOSSY)
-def test_any_zarr_reader_decodes_lossy_states_by_their_attributes(tmp_path: Path, encoding: str) -> None:
-    header = make_header(encoding=encoding, shard_bytes=1 << 20)
+def test_any_zarr_reader_decodes_lossy_states_by_their_attributes(
+    tmp_path: Path, encoding: str, hidden_size: int
+) -> None:
+    header = make_header(encoding=encoding, shard_bytes=1 << 20, hidden_size=hidden_size)
     lengths = [300, 256, 40]
     cache = make_cache(tmp_path / "cache", lengths, header)
     reader = CacheReader(cache)
@@ -87,8 +90,11 @@ def test_any_zarr_reader_decodes_lossy_states_by_their_attributes(tmp_path: Path
         values = as_float(array[:], array.attrs.get("logical_dtype"))
         assert np.array_equal(read_tensorstore(cache / f"shards/00000.zarr/{name}"), array[:])
         scale = group[array.attrs["scale"]]
-        scales = np.repeat(as_float(scale[:], scale.attrs["logical_dtype"]), array.attrs["tokens_per_scale"], axis=0)
-        scales = scales[: len(values)].reshape(len(values), *scale.shape[1:], *([1] * (values.ndim - scale.ndim)))
+        scales = as_float(scale[:], scale.attrs["logical_dtype"])
+        assert array.attrs["tokens_per_scale"] == 1
+        channels = array.attrs.get("channels_per_scale", values.shape[-1])
+        scales = scales if "channels_per_scale" in array.attrs else scales[..., None]
+        scales = np.repeat(scales, channels, axis=-1)[..., : values.shape[-1]]
         decoded = (values * scales).astype(ml_dtypes.bfloat16)
         states = torch.cat([getattr(sample, name) for sample in reader])
         assert np.array_equal(decoded.view(np.uint16), bits(states))
@@ -123,34 +129,39 @@ def test_random_bits_survive_compression(tmp_path: Path) -> None:
     assert verify_cache(plan.path).ok
 
 
-@pytest.mark.parametrize(("encoding", "limit"), [("int8", 0.008), ("fp8", 0.027)])
-def test_one_wild_token_or_channel_does_not_spoil_the_rest(encoding: str, limit: float) -> None:
-    """A channel of 100 times the size, as real models have; not finite values leave the other tokens alone."""
+@pytest.mark.parametrize(("encoding", "limit"), [("int8", 0.02), ("fp8", 0.04)])
+@pytest.mark.parametrize("hidden_size", [64, 200, 576])
+def test_one_wild_token_or_channel_does_not_spoil_the_rest(encoding: str, limit: float, hidden_size: int) -> None:
+    """Tokens whose channel 7 is far larger than the rest, as real targets have; not finite ones leave others alone."""
     torch.manual_seed(0)
     parsed = ENCODINGS[encoding]
-    states = torch.randn(256, 2, 64)
-    states[:, :, 7] *= 100
+    states = torch.randn(256, 2, hidden_size)
+    states[:, :, 7] *= 20
+    states[3, :, 7] = 24_960
     states[5, 1] = float("nan")
     states[6, 1, 3] = float("inf")
     values, scales = quantize(states, scaling=parsed.scaling, dtype=parsed.element.torch_dtype)
     decoded = dequantize(values, scales, scaling=parsed.scaling, start=0, dtype=torch.float32)
-    good = torch.ones(256, dtype=torch.bool)
-    good[5:7] = False
     assert bool(decoded.isfinite().all())
-    rest = [channel for channel in range(64) if channel != 7]
-    error = (decoded - states)[good][:, :, rest].norm() / states[good][:, :, rest].norm()
-    assert float(error) < (limit if encoding == "int8" else 2 * limit)
-    assert float((decoded - states)[good].norm() / states[good].norm()) < limit
+    exact, found = states.double().numpy(), decoded.double().numpy()
+    good = [token for token in range(256) if token not in (5, 6)]
+    errors = np.linalg.norm(found - exact, axis=-1)[good] / np.linalg.norm(exact, axis=-1)[good]
+    assert np.quantile(errors, 0.99) < limit
+    others = exact[..., 64:]  # no neighbours of channel 7 in a group of int8
+    if encoding == "int8" and hidden_size > 64:
+        errors = np.linalg.norm(found[..., 64:] - others, axis=-1)[good] / np.linalg.norm(others, axis=-1)[good]
+        assert errors.max() < 0.01  # of gaussian values half a step in 127: 2.6 / 127 / sqrt(12) = 0.006
 
 
 def test_scales_are_rounded_up_so_that_nothing_is_clipped() -> None:
-    states = torch.full((256, 3), 1.0)
-    states[0] = torch.tensor([1.003, 254.9, 0.0])
-    values, scales = quantize(states, scaling="chunk", dtype=torch.int8)
+    states = torch.full((256, 130), 1.0)
+    states[0, [3, 70, 129]] = torch.tensor([1.003, 254.9, 0.0])
+    scaling = ENCODINGS["int8"].scaling
+    values, scales = quantize(states, scaling=scaling, dtype=torch.int8)
     assert values.abs().max() <= 127
-    assert bool((scales.float()[0, :2] * 127 >= states[0, :2]).all())
-    assert scales[0, 2] > 0  # of the ones below the zero
-    zeros = quantize(torch.zeros(256, 3), scaling="chunk", dtype=torch.int8)
+    assert scales.shape == (256, 3)
+    assert bool((scales.float()[0] * 127 >= torch.tensor([1.003, 254.9, 1.0])).all())
+    zeros = quantize(torch.zeros(256, 3), scaling=scaling, dtype=torch.int8)
     assert not zeros[0].any()
     assert not zeros[1].any()
 
@@ -247,9 +258,9 @@ def test_any_cache_round_trips(
 
 
 # sha256 of every file of the example whose bytes do not depend on the pyarrow release: they must never change
-# while format_version is 1.
+# while format_version is 2.
 GOLDEN = {
-    "commits/00000.json": "0a1202c84f68da92cd7f25112b2d140a93a0d0662ed0dda8fcdef8db2d8dc9c7",
+    "commits/00000.json": "a6784ea76e107a985d3d1133d4e8f32b6f3ccb551961c0d0942f9dd699c8f216",
     "hidden_states/c/0/0/0": "345f062ec84a27a26a321e5f7dd689000992587f79a825c2a067e6d415e50a6b",
     "hidden_states/zarr.json": "32c6219219283404d3e0433d5521c516f5d8b98d83b17b69045b624e38d3f43e",
     "last_hidden_states/c/0/0": "441c055e9cb822daf7aec531bed5c521b427153610f3debcf088c4006657d81f",

@@ -35,6 +35,7 @@ from stages.extract.tokenize import SampleTokenizer
 from stages.rope import describe_rope, mixes_ropes
 from stages.target_config import check_layers, choose_max_length, default_layers, logit_transform
 from storage import (
+    FORMAT_VERSION,
     CacheHeader,
     CacheIdentity,
     CacheNotFoundError,
@@ -108,6 +109,9 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     files = tuple(expand_files(data.files))
     scale, softcap = logit_transform(config)
     identity = CacheIdentity(
+        format_version=FORMAT_VERSION,
+        max_samples=None,
+        validation_digest=None,
         target_config_digest=targets.digest_config(config),
         target_weights_digest=targets.digest_weights(folder) if with_weights else "",
         tokenizer_digest=targets.digest_tokenizer(tokenizer),

@@ -81,7 +81,7 @@ class RowPlanner:
 
     tokenizer: SampleTokenizer
     data: DataSection
-    mask_token_id: int
+    mask_token_id: int | None
 
     def __call__(self, numbered: tuple[int, Row]) -> Outcome:
         sample_id, row = numbered
@@ -105,7 +105,7 @@ class RowPlanner:
         if int(loss_mask.sum()) < data.min_supervised_tokens:
             reason = "fewer supervised tokens than data.min_supervised_tokens"
             return Outcome(row=place, dropped=reason, is_truncated=is_truncated)
-        if self.mask_token_id in input_ids:
+        if self.mask_token_id is not None and self.mask_token_id in input_ids:
             raise BadRowError(f"contains the mask token {self.mask_token_id}; choose another draft.mask_token_id")
         sample = PlannedSample(
             sample_id=sample_id,
@@ -119,7 +119,12 @@ class RowPlanner:
 
 
 def plan_samples(
-    rows: Iterable[Row], *, tokenizer: SampleTokenizer, data: DataSection, mask_token_id: int, counts: SampleCounts
+    rows: Iterable[Row],
+    *,
+    tokenizer: SampleTokenizer,
+    data: DataSection,
+    mask_token_id: int | None,
+    counts: SampleCounts,
 ) -> Iterator[PlannedSample]:
     """The samples of `rows` in their order, a pure function of the rows; `counts` is updated on the way.
 

@@ -77,21 +77,20 @@ def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
         target_config = AutoConfig.from_pretrained(target_dir)
     except (OSError, ValueError) as error:
         raise SettingError(f"{target_dir}/config.json: this version of transformers cannot read it: {error}") from error
-    header, max_length = reader.manifest.header, reader.identity.max_length
     _warn_of_mixed_ropes(reader, target_config)
     return build_draft_config(
         target_config,
         num_draft_layers=draft.num_layers,
         block_size=draft.block_size,
         target_layer_ids=reader.layers,
-        mask_token_id=header.mask_token_id if draft.mask_token_id is None else draft.mask_token_id,
+        mask_token_id=_choose_mask_token(draft, reader),
         num_anchors=draft.num_anchors,
         markov_rank=draft.markov_rank,
         markov_head_type=draft.markov_head_type,
         enable_confidence_head=draft.enable_confidence_head,
         confidence_head_with_markov=draft.confidence_head_with_markov,
         intermediate_size=draft.intermediate_size,
-        max_length=max_length,
+        max_length=reader.identity.max_length,
     )
 
 
@@ -105,6 +104,16 @@ def _warn_of_mixed_ropes(reader: CacheReader, target_config: PretrainedConfig) -
             "what was computed beside them; extract it anew",
             reader.path,
         )
+
+
+def _choose_mask_token(draft: DraftSection, reader: CacheReader) -> int:
+    cached = reader.manifest.header.mask_token_id
+    chosen = cached if draft.mask_token_id is None else draft.mask_token_id
+    if chosen is None:
+        raise SettingError(
+            "draft.mask_token_id: the cache's target has no mask token; name an id that no conversation contains"
+        )
+    return chosen
 
 
 def build_draft(
