@@ -202,7 +202,7 @@ def _open_local(config: Config, asked: Asked) -> Backend:
     from stages.regenerate.local import LocalTarget, run_local
 
     device = choose_device(config.extract.device)
-    parts = targets.load_target(asked.folder, target=config.target, device=device)
+    parts = targets.load_target(asked.folder, target=config.target, device=device, max_length=asked.max_length)
     if not asked.end_ids:
         raise SettingError(f"{asked.folder}: neither config nor tokenizer name an end-of-turn token")
     target = LocalTarget(
