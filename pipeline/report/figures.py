@@ -250,8 +250,8 @@ def _outlook(runs: Sequence[Run], styles: Styles) -> Plot:
     _add_legend(speed)
     labels = sorted({found.outlook.throughput.label for _, found in shown})
     text = (
-        "Simulated: verify lengths scheduled by calibrated confidence (solid) and the best fixed length (dotted), "
-        f"by {', '.join(labels)}."
+        "Simulated: verify lengths scheduled by calibrated confidence (solid), and the fixed length that turned out "
+        f"fastest (dotted), by {', '.join(labels)}."
     )
     return _plot(
         "outlook", "Scheduling outlook by concurrency", text, [run for run, _ in shown], figure,
