@@ -176,9 +176,14 @@ def _acceptance(held_out: HeldOut | None, calibration: Calibration | None) -> st
         parts.append(
             f"`{CALIBRATION_FILE}` has a temperature for each slot: the calibrated confidence of slot k is "
             f"sigmoid(logit / `temperatures[k]`). Its calibration error is {after:.3f}, without them {before:.3f}. "
-            "SGLang reads the file as it is."
+            f"{_describe_kept(calibration)}SGLang reads the file as it is."
         )
     return "\n\n".join(parts)
+
+
+def _describe_kept(calibration: Calibration) -> str:
+    slots = ", ".join(str(slot) for slot in calibration.kept_slots)
+    return f"Temperature 1 at slots {slots}: too few conversations have them to tell another. " if slots else ""
 
 
 def _acceptance_rows(held_out: HeldOut) -> list[tuple[str, object]]:

@@ -154,7 +154,7 @@ def _add_scheduling(table: Table, scheduling: Scheduling) -> None:
     before, after = calibration.before, calibration.after
     table.add_row(
         "calibration",
-        f"fitted on {count_of(calibration.num_fitted_samples, 'conversation')}; on "
+        f"fitted on {count_of(calibration.num_fitted_samples, 'conversation')}, measured on "
         f"{calibration.num_measured_samples:,} others: ECE {before.ece:.3f} -> {after.ece:.3f}, of prefixes "
         f"{before.survival_ece:.3f} -> {after.survival_ece:.3f}, AUC {_auc(before.auc)} -> {_auc(after.auc)}",
     )

@@ -152,6 +152,19 @@ def test_evaluate_calibrates_the_draft_and_simulates_its_server(config_file: Pat
     evaluation = read_evaluation(config_file.parent / "run" / "evaluation.json")
     assert evaluation.scheduling is not None
     assert read_calibration(draft) == evaluation.scheduling.calibration
+    untold = " ".join(dspark("evaluate", config_file).output.replace("│", " ").split())
+    assert "outlook" not in untold
+    assert "tokens/s, " not in untold, "nobody measured a server"
+    assert evaluation.scheduling.outlook.throughput.file is None
+    assert f"tau, greedy draft {evaluation.tau_greedy:.3f} ({evaluation.tau_greedy_low:.3f} to" in untold
+    everything = f"on all {evaluation.num_samples} conversations, uncalibrated"
+    assert f"confidence ECE {evaluation.confidence_ece:.3f} {everything}" in untold
+    calibration = evaluation.scheduling.calibration
+    assert calibration.num_fitted_samples < 30
+    assert [t == 1 for t in calibration.temperatures] == [slot in calibration.kept_slots for slot in range(4)]
+    if calibration.kept_slots:
+        slots = ", ".join(str(slot + 1) for slot in calibration.kept_slots)
+        assert f"temperature 1 at slots {slots}: too few conversations" in untold
     table = tmp_path / "server.csv"
     table.write_text("tokens,steps_per_second\n1,50\n300,10\n")
     arguments = ["evaluate", config_file, "--set", f"evaluate.throughput_table='{table}'"]
@@ -163,12 +176,18 @@ def test_evaluate_calibrates_the_draft_and_simulates_its_server(config_file: Pat
     rows = {row.num_requests: row for row in again.scheduling.outlook.concurrencies}
     assert list(rows) == [1, 2, 4, 8, 16, 32], "64 requests of 1 + 4 tokens are more than 300"
     assert f"32 requests scheduled {rows[32].scheduled.tokens_per_second:,.0f} tokens/s" in shown
+    assert f"against no draft {rows[32].gain_on_no_draft:+.1%}" in shown or rows[32].best_length == 0
     fitted, measured = (
         again.scheduling.calibration.num_fitted_samples,
         again.scheduling.calibration.num_measured_samples,
     )
     assert fitted + measured == again.num_samples
-    assert f"fitted on {fitted} conversations, measured on {measured} others" in shown
+    assert f"fitted on {fitted} conversations, measured on {measured} others: ECE " in shown
+    costs = tmp_path / "dspark_sps.json"
+    costs.write_text('{"sample_batch_tokens":[5,40],"sample_steps_per_sec":[50.0,10.0],"max_batch_tokens":64}')
+    by_costs = " ".join(dspark(*arguments[:2], "--set", f"evaluate.throughput_table='{costs}'").output.split())
+    assert "8 requests" not in by_costs, "not among those that are printed"
+    assert "1 request" in by_costs
     table.write_text("tokens,steps_per_second\n1,50\n4,10\n")
     assert "ends at 4 tokens" in dspark(*arguments, ok=False).output
 

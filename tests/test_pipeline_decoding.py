@@ -1,5 +1,6 @@
 """`dspark evaluate --decode` on a tiny target: real extraction, real draft, and the target alone beside it."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,17 +10,21 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from pipeline.cli import main
 from pipeline.config import Config, to_toml
 from pipeline.decoding import _load_target, decode_draft
 from pipeline.held_out_answers import find_last_answer, score_answer, take_prompts
+from pipeline.measure import measure_from_cache
 from pipeline.stage_one import settings_of
-from pipeline.stage_two import open_cache, open_draft, train_draft
+from pipeline.stage_two import evaluate_draft, open_cache, open_draft, train_draft
 from stages.errors import SettingError
 from stages.evaluate.calibration import Calibration, Origin, write_calibration
 from stages.evaluate.decode import Answer, Round
 from stages.evaluate.decode_report import DecodedPrompt, find_difference, summarize_run
+from stages.evaluate.evaluation import Evaluation
 from stages.evaluate.reliability import ConfidenceQuality
 from stages.extract.run import extract
 from stages.train import DSparkTrainerModule
@@ -70,7 +75,7 @@ def fixed_calibration(temperatures: tuple[float, ...]) -> Calibration:
         ece=0.1, auc=0.5, survival_ece=0.1, survival_auc=0.5, survival_ece_per_pos=(0.1,) * len(temperatures)
     )
     return Calibration(
-        temperatures=temperatures, origin=Origin(cache_digest="0", num_anchors=1, seed=0),
+        temperatures=temperatures, kept_slots=(), origin=Origin(cache_digest="0", num_anchors=1, seed=0),
         num_fitted_samples=1, num_fitted_blocks=1, num_measured_samples=1, num_measured_blocks=1,
         before=quality, after=quality,
     )  # fmt: skip
@@ -93,6 +98,54 @@ def test_a_threshold_shortens_blocks_and_leaves_the_answer_alone(trained: tuple[
     result = decode_draft(config, draft_dir=calibrated)
     assert result.is_calibrated
     assert result.runs[0].num_drafted > cut.num_drafted, "confidences of 0.5: two slots a round"
+
+
+def test_the_cache_is_not_measured_again_before_decoding(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only numbers of these very weights, blocks and settings stand in; anything else is measured."""
+    folder, draft_dir = trained
+    draft = Path(shutil.copytree(draft_dir, tmp_path / "draft"))
+    config = small(folder, temperatures=(0.0,))
+    measured: list[Path] = []
+    monkeypatch.setattr(
+        "pipeline.measure.evaluate_draft",
+        lambda config, *, draft_dir: measured.append(draft_dir) or evaluate_draft(config, draft_dir=draft_dir),
+    )
+
+    def measure(config: Config, *, may_reuse: bool = True) -> tuple[bool, Evaluation, str]:
+        measured.clear()
+        console = Console(record=True, width=200, file=io.StringIO())
+        found = measure_from_cache(config, draft=draft, console=console, may_reuse=may_reuse)
+        return bool(measured), found, console.export_text()
+
+    was_measured, first, _ = measure(config)
+    assert was_measured, "there is no evaluation.json yet"
+    was_measured, again, text = measure(config)
+    assert not was_measured
+    assert again == first
+    assert "is of these weights: not measured again" in text
+    assert f"{first.tau:.3f}" in text
+    assert measure(config, may_reuse=False)[0], "asked for itself, it is measured"
+    table = tmp_path / "table.csv"
+    table.write_text("tokens,steps_per_second\n1,50\n300,10\n")
+    for section, values in (
+        ("evaluate", {"num_anchors": 2}), ("evaluate", {"seed": 1}), ("evaluate", {"max_samples": 2}),
+        ("evaluate", {"throughput_table": table}), ("train", {"dtype": "bfloat16"}),
+    ):  # fmt: skip
+        assert measure(change(config, section, **values))[0], values
+        assert measure(config)[0], "that was of other settings"
+        assert not measure(config)[0]
+    (draft / "calibration.json").unlink()
+    assert measure(config)[0]
+    assert (draft / "calibration.json").is_file()
+    weights = load_file(draft / "model.safetensors")
+    weights["fc.weight"] *= 1.01
+    save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+    assert measure(config)[0]
+    numbers = json.loads((draft / "evaluation.json").read_text())
+    (draft / "evaluation.json").write_text(json.dumps(numbers | {"weights_digest": None}))
+    assert measure(config)[0], "it does not say of which weights it is"
 
 
 def test_another_target_is_refused(trained: tuple[Path, Path], tmp_path: Path) -> None:

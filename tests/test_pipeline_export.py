@@ -101,6 +101,10 @@ def test_the_calibration_travels_with_the_weights_it_is_of(run: Path, tmp_path: 
     assert json.loads((tmp_path / "draft" / "calibration.json").read_text()) == given
     shown = f"Its calibration error is {given['after']['ece']:.3f}, without them {given['before']['ece']:.3f}."
     assert shown in card_of(tmp_path / "draft")[1]
+    kept = [slot for slot, temperature in enumerate(given["temperatures"]) if temperature == 1]
+    assert given["kept_slots"] == kept, "few conversations"
+    note = f"Temperature 1 at slots {', '.join(map(str, kept))}: too few conversations"
+    assert (note in card_of(tmp_path / "draft")[1]) == bool(kept)
     file.write_text(json.dumps(given | {"temperatures": given["temperatures"][:1]}))
     result = dspark("export", run / "draft", tmp_path / "short")
     assert result.exit_code == 0

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from made_runs import NASTY, PLOTS, Page, evaluate, make_run, report
-from pipeline.report.figures import COLOURS, draw_plots, plan_styles
+from pipeline.report.figures import COLOURS, DPI, _axes, draw_plots, plan_styles
 from pipeline.report.runs import Run, read_runs
 from pipeline.report.words import readable
+from pipeline.show import format_rate
 from pipeline.sweep.record import write_trial
 from stages.evaluate.evaluation import write_evaluation
 
@@ -163,6 +164,32 @@ def _fake_runs(count: int) -> list[Run]:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("steps", [[1, 2, 3], [2], [700], [0, 3], [999_999, 1_000_001], list(range(1, 801))])
+def test_steps_are_whole_numbers(steps: list[int]) -> None:
+    figure, axes = _axes("optimizer steps", "loss")
+    axes.plot(steps, [1.0] * len(steps), marker="o")
+    figure.draw_without_rendering()
+    low, high = axes.get_xlim()
+    shown = [label.get_text() for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
+    assert shown
+    assert all(re.fullmatch(r"\d{1,3}(,\d{3})*", text.replace("\N{MINUS SIGN}", "")) for text in shown), shown
+    assert len(set(shown)) == len(shown)
+    assert axes.xaxis.get_offset_text().get_text() == ""
+
+
+def test_plots_can_be_read_on_a_narrow_page(two_runs: Path, tmp_path: Path) -> None:
+    """On a page of 420 pixels, less its margins, the smallest letters (8 points) are at least 9 pixels tall."""
+    report(two_runs, out=tmp_path)
+    for file in (tmp_path / "report").glob("*.png"):
+        with Image.open(file) as image:
+            assert 8 * DPI / 72 * (420 - 32) / image.width >= 9, file.name
+            assert image.width >= 2 * (420 - 32), "sharp on a screen of two pixels a point"
+    style = (tmp_path / "report.html").read_text().partition("<style>")[2].partition("</style>")[0]
+    assert re.search(r"figure img \{[^}]*width: 100%;[^}]*height: auto;", style)
+    assert "max-width: none" not in style
+    assert "@media (max-width" not in style
+
+
 def test_many_runs_are_drawn_and_the_first_have_colours(tmp_path: Path) -> None:
     runs = _fake_runs(40)
     styles = plan_styles(runs)
@@ -175,3 +202,14 @@ def test_many_runs_are_drawn_and_the_first_have_colours(tmp_path: Path) -> None:
         colours = {pixel for _, pixel in image.convert("RGB").getcolors(maxcolors=1_000_000) or []}
     for colour in COLOURS:
         assert tuple(bytes.fromhex(colour[1:])) in colours
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        (26710.2, "26,710"), (10.4, "10"), (9.96, "10"), (9.94, "9.9"), (1.44, "1.4"), (1.0, "1.0"), (0.964, "0.96"),
+        (0.0312, "0.031"), (0.0, "0"),
+    ],
+)  # fmt: skip
+def test_rates_below_ten_have_two_digits(rate: float, text: str) -> None:
+    assert format_rate(rate) == text

@@ -148,10 +148,10 @@ def describe_gain(comparison: Comparison) -> str | None:
         return None
     rows, label = scheduling.outlook.concurrencies, scheduling.outlook.throughput.label
     if run.is_useless:
-        return f"Against no draft {run.name} is not faster at any number of requests (simulated, {label})."
+        return f"Against no draft: {run.name} is not faster at any number of requests (simulated, {label})."
     shown = dict.fromkeys((rows[0], rows[-1]))
     gains = " and ".join(f"{row.gain_on_no_draft:+.0%} at {count_of(row.num_requests, 'request')}" for row in shown)
-    return f"Against no draft {run.name} gives {gains} in tokens a second (simulated, {label})."
+    return f"Against no draft: {run.name} gives {gains} in tokens a second (simulated, {label})."
 
 
 def _describe_seeds(comparison: Comparison, best: Run) -> str:

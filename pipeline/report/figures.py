@@ -29,6 +29,7 @@ NAME_LENGTH = 48
 MAX_STEP = 2**53  # beyond it, a step is no float
 WIDTH, HEIGHT = 4.6, 3.4  # inches of a plot of one panel: its letters can be read on a page of 420 pixels, too
 LEGEND_WIDTH, TICK_WIDTH = 44, 22  # characters of a line
+LINE_HEIGHT = 0.17  # inches
 DPI = 200
 
 Styles = dict[Path, "Style"]
@@ -101,7 +102,7 @@ def _taus(runs: Sequence[Run], styles: Styles) -> Plot:
     measured = [run for run in runs if run.evaluation is not None]
     names = [label_of(run.name, width=TICK_WIDTH) for run in measured]
     lines = sum(1 + name.count("\n") for name in names)
-    figure = Figure(figsize=(WIDTH, 1.0 + 0.12 * len(names) + 0.17 * lines), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.12 * len(names) + LINE_HEIGHT * lines), layout="constrained")
     axes = figure.subplots()
     for place, run in enumerate(measured):
         found = run.evaluation
@@ -119,12 +120,12 @@ def _taus(runs: Sequence[Run], styles: Styles) -> Plot:
 
 def _losses(runs: Sequence[Run], styles: Styles) -> Plot:
     trained = [run for run in runs if run.train_rows]
-    figure, axes = _axes("optimizer steps", "loss (weighted sum of its terms)")
+    figure, axes = _axes("optimizer steps", "loss")
     _draw_lines(axes, trained, styles, lambda run: _smooth(run.train_rows, "loss"))
     _cut_start(axes)
     text = (
-        "Training loss, averaged over up to a fiftieth of the steps. The frame holds what comes after the first tenth "
-        "of the steps, so that curves can be told apart."
+        "Training loss, the weighted sum of its terms, averaged over up to a fiftieth of the steps. The frame holds "
+        "what comes after the first tenth of the steps, so that curves can be told apart."
     )
     return _plot("loss", "Training loss", text, trained, figure, missing="no run has metrics.jsonl")
 
@@ -141,7 +142,7 @@ def _validations(runs: Sequence[Run], styles: Styles) -> Plot:
 
 def _acceptance(runs: Sequence[Run], styles: Styles) -> Plot:
     measured = [run for run in runs if run.evaluation is not None]
-    figure, axes = _axes("slot of the block (1 is behind the anchor)", "accepted, if all before it are")
+    figure, axes = _axes("slot of the block (1 follows the anchor)", "accepted, if all before are")
 
     def curve(run: Run) -> tuple[list[float], list[float]]:
         found = run.evaluation
@@ -178,7 +179,7 @@ def _reliability(runs: Sequence[Run], styles: Styles) -> Plot:
         slots.set_xlabel("confidence of a slot")
         slots.set_ylabel("accept rate")
         prefixes.set_xlabel("product of confidences\nup to a slot")
-        prefixes.set_ylabel("accepted up to the slot")
+        prefixes.set_ylabel("share accepted")
     if shown:
         grid[0][0].legend(fontsize=8, loc="upper left")
     text = (
@@ -249,8 +250,8 @@ def _outlook(runs: Sequence[Run], styles: Styles) -> Plot:
     _add_legend(speed)
     labels = sorted({found.outlook.throughput.label for _, found in shown})
     text = (
-        "Simulated: verify lengths scheduled by calibrated confidence (solid) and the best fixed length (dotted), "
-        f"by {', '.join(labels)}."
+        "Simulated: verify lengths scheduled by calibrated confidence (solid), and the fixed length that turned out "
+        f"fastest (dotted), by {', '.join(labels)}."
     )
     return _plot(
         "outlook", "Scheduling outlook by concurrency", text, [run for run, _ in shown], figure,
@@ -346,9 +347,11 @@ def _draw_bins(axes: Axes, before: Bins, after: Bins) -> None:
 
 
 def _add_legend(axes: Axes) -> None:
-    """The names of the lines below the whole figure, where they hide none."""
+    """The names of the lines below the whole figure, where they hide none and have a place of their own."""
     handles, labels = axes.get_legend_handles_labels()
-    if handles:
+    if handles and isinstance(axes.figure, Figure):
+        num_lines = sum(1 + label.count("\n") for label in labels)
+        axes.figure.set_figheight(axes.figure.get_figheight() + LINE_HEIGHT * num_lines)
         axes.figure.legend(handles, labels, fontsize=8, loc="outside lower center")
 
 

@@ -22,7 +22,7 @@ def join_names(names: Sequence[str]) -> str:
 def break_name(name: str, *, width: int) -> str:
     """The name in lines of up to `width` characters, where its punctuation allows it."""
     lines = [""]
-    for part in re.split(r"(?<=[,/=])", name):
+    for part in re.split(r"(?<=[,/=_.])", name):
         if lines[-1] and len(lines[-1] + part) > width:
             lines.append("")
         lines[-1] += part
