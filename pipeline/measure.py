@@ -16,11 +16,11 @@ from stages.whole_files import write_whole
 def measure_from_cache(config: Config, *, draft: Path | None, console: Console) -> Evaluation:
     """Acceptance on the held-out split; `draft` None: the run's own. Raises SettingError, CacheError."""
     draft_dir = draft or config.train.run_dir / "draft"
-    evaluation = evaluate_draft(config, draft_dir=draft_dir)
+    reader = open_reader(config.cache)
+    evaluation = evaluate_draft(config, draft_dir=draft_dir, opened=reader)
     file = _place_of_numbers(config, draft) / "evaluation.json"
     save_evaluation(evaluation, file=file, draft_dir=draft_dir)
-    with open_reader(config.cache) as reader:
-        token_bytes = reader.manifest.header.token_bytes
+    token_bytes = reader.manifest.header.token_bytes
     show.evaluation(
         console, evaluation, draft_dir=draft_dir, file=file, cache=config.cache.path, token_bytes=token_bytes
     )

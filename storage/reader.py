@@ -8,6 +8,7 @@ first sample is asked for, in each process on its own, so a reader survives fork
 is ever written, and any number of readers may use one cache.
 """
 
+import copy
 import operator
 import os
 import threading
@@ -125,6 +126,14 @@ class CacheReader(Sequence[Sample]):
         read_record = self._staged.read_commit if self._staged else _read_excluding
         self._rows = _kept_rows(self._plan, commits, self._markers, read_record)
         self._state = _State()
+
+    def with_layers(self, layers: Iterable[int] | None) -> Self:
+        """A reader of other layers of the same cache, with shards of its own; manifest and index are not read again."""
+        other = copy.copy(self)
+        other._layers = _parse_layers(layers, self._plan)
+        other._selection = _plan_selection([self.identity.layers.index(layer) for layer in other._layers])
+        other._state = _State()
+        return other
 
     def __len__(self) -> int:
         return len(self._rows)
