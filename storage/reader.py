@@ -8,7 +8,6 @@ first sample is asked for, in each process on its own, so a reader survives fork
 is ever written, and any number of readers may use one cache.
 """
 
-import copy
 import operator
 import os
 import threading
@@ -129,7 +128,8 @@ class CacheReader(Sequence[Sample]):
 
     def with_layers(self, layers: Iterable[int] | None) -> Self:
         """A reader of other layers of the same cache, with shards of its own; manifest and index are not read again."""
-        other = copy.copy(self)
+        other = object.__new__(type(self))  # not a copy, which goes by __reduce__ and opens the cache anew
+        other.__dict__.update(self.__dict__)
         other._layers = _parse_layers(layers, self._plan)
         other._selection = _plan_selection([self.identity.layers.index(layer) for layer in other._layers])
         other._state = _State()
