@@ -157,7 +157,7 @@ class Trials:
     def find_postponed(self) -> dict[int, str]:
         """Trials that wait since they met trouble that may pass: number -> reason."""
         waiting = self._select(TrialState.WAITING)
-        return {trial.number: trial.user_attrs[TROUBLE] for trial in waiting if TROUBLE in trial.user_attrs}
+        return {trial.number: trial.user_attrs[TROUBLE] for trial in waiting if trial.user_attrs.get(TROUBLE)}
 
     def put_back(self, trial: ClaimedTrial) -> None:
         """The trial was interrupted, and waits for whoever continues it; nothing if it has ended."""
@@ -171,6 +171,7 @@ class Trials:
         # A function of the seed and the trial: a sampler that started anew after a kill would repeat its first draws.
         self.study.sampler = optuna.samplers.TPESampler(seed=(self.sweep.seed * 1_000_003 + number) % 2**32)
         self._sign(number)
+        self.storage.set_trial_user_attr(self._trial_id(number), TROUBLE, None)
         self._select()  # shows the study a trial that was made past it
         handle = optuna.Trial(self.study, self._trial_id(number))
         params = self._find_params(handle)

@@ -1,6 +1,6 @@
 """A chat completion to an answer: what of it can be believed, how it ended, and which token ids it was sampled as."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
 
@@ -82,7 +82,7 @@ def _read_ids(
     """
     ids = getattr(choice, "token_ids", None)
     prompt_ids = getattr(completion, "prompt_token_ids", None) or getattr(choice, "prompt_token_ids", None)
-    if not _are_ids(ids) or not _are_ids(prompt_ids):
+    if not (_are_ids(ids) and _are_ids(prompt_ids)):
         return None, None
     spelled = [_squeeze(text) for text in renderer.spell(ids)]
     if not all(any(_squeeze(text) in said for said in spelled) for text in texts):
@@ -90,7 +90,7 @@ def _read_ids(
     return ids, prompt_ids
 
 
-def _are_ids(ids: Any) -> bool:
+def _are_ids(ids: Any) -> TypeGuard[list[int]]:
     return isinstance(ids, list) and bool(ids) and all(type(token) is int and 0 <= token <= MAX_COUNT for token in ids)
 
 
