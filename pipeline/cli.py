@@ -290,7 +290,8 @@ def evaluate(config: Path, overrides: tuple[str, ...], draft: Path | None, decod
 @main.command()
 @partial(_with_config, default=DEFAULT_SWEEP)
 @_may_extract
-def sweep(config: Path, overrides: tuple[str, ...], extract_missing: bool) -> None:
+@click.option("--retry-failed", is_flag=True, help="Also try again the trials that failed.")
+def sweep(config: Path, overrides: tuple[str, ...], extract_missing: bool, retry_failed: bool) -> None:
     """Train and evaluate the trials that [sweep] describes over one cache, and report on them; again: what is left.
 
     The report is a table here and report.html in train.run_dir; a sweep that is stopped prints the table alone. Several
@@ -307,7 +308,7 @@ def sweep(config: Path, overrides: tuple[str, ...], extract_missing: bool) -> No
             check_extraction(settings)
         _extract_missing(settings)
     with _joined(settings) as ranks:
-        run_sweep(settings, ranks=ranks, console=console)
+        run_sweep(settings, ranks=ranks, console=console, retries_failed=retry_failed)
 
 
 @main.command()

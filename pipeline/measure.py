@@ -22,14 +22,14 @@ def measure_from_cache(config: Config, *, draft: Path | None, console: Console, 
     """
     draft_dir = draft or config.train.run_dir / "draft"
     file = _place_of_numbers(config, draft) / "evaluation.json"
+    reader = open_reader(config.cache)
     evaluation = _read_own(config, file=file, draft_dir=draft_dir) if may_reuse else None
     if evaluation is None:
-        evaluation = evaluate_draft(config, draft_dir=draft_dir)
+        evaluation = evaluate_draft(config, draft_dir=draft_dir, opened=reader)
         save_evaluation(evaluation, file=file, draft_dir=draft_dir)
     else:
         console.print(f"{file} is of these weights: not measured again", markup=False)
-    with open_reader(config.cache) as reader:
-        token_bytes = reader.manifest.header.token_bytes
+    token_bytes = reader.manifest.header.token_bytes
     show.evaluation(
         console, evaluation, draft_dir=draft_dir, file=file, cache=config.cache.path, token_bytes=token_bytes
     )

@@ -23,8 +23,10 @@ from stages.evaluate.calibration import Origin, write_calibration
 from stages.evaluate.evaluation import Evaluation, evaluate_fully, write_evaluation
 from stages.evaluate.throughput import read_throughput_table
 from stages.extract.import_run import UNKNOWN_FIELDS, describe_imported
+from stages.extract.rows import expand_files
 from stages.extract.run import Settings, configured_identity, describe_inputs, read_plan
 from stages.extract.settings import CacheSection
+from stages.regeneration_record import MANIFEST
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
 from stages.train.anchors import anchor_candidates
 from stages.train.batches import EMPTY_BATCH, gather_batch, plan_batches
@@ -36,39 +38,42 @@ from stages.train.parallel import Ranks, join_ranks
 from stages.train.run import TrainResult, objective_arguments, train
 from stages.train.validation import Judge, Validate
 from stages.train.warm_start import COMPARED_ROWS, same_rows
+from stages.unchanged import Memory, sign_files
 from storage import CacheIdentity, CacheReader, check_identity
 from storage.progress import Meter
 
 logger = logging.getLogger(__name__)
+
+_IDENTITIES: Memory[CacheIdentity] = Memory()
 
 
 class NonFiniteScoreError(StageError, ArithmeticError):
     """A draft cannot be measured: what it says of a sample is NaN or infinite."""
 
 
-def open_cache(config: Config, *, layers: tuple[int, ...] | None) -> CacheReader:
+def open_cache(config: Config, *, layers: tuple[int, ...] | None, opened: CacheReader | None = None) -> CacheReader:
     """The config's cache, refused if it was made from something else than the config says.
 
-    Target and data are compared where their files are at hand; stage two needs neither of them.
+    Target and data are compared where their files are at hand; stage two needs neither of them. `opened`: a reader of
+    this cache that the process has already, whose manifest and index are then not read again.
     """
     cache = config.cache
-    reader = open_reader(cache)
+    reader = opened or open_reader(cache)
     check_identity(reader.identity, wanted_identity(config, cached=reader.identity), where=cache.path)
     if layers is None:
-        return reader
+        return reader.with_layers(None)
     missing = sorted(set(layers) - set(reader.layers))
     if missing:
         raise SettingError(
             f"draft.target_layer_ids: {missing} are not in the cache, which stores {list(reader.layers)}"
         )
-    return open_reader(cache, layers=layers)
+    return reader.with_layers(layers)
 
 
-def open_reader(cache: CacheSection, *, layers: tuple[int, ...] | None = None, partial: bool = False) -> CacheReader:
+def open_reader(cache: CacheSection, *, partial: bool = False) -> CacheReader:
     """The cache of the section, whatever it was made from; `partial`: also an incomplete one."""
     return CacheReader(
         cache.path,
-        layers=layers,
         io=cache.io,
         checks=cache.checks,
         staging=cache.staging,
@@ -102,9 +107,21 @@ def _wanted_identity(config: Config, *, cached: CacheIdentity) -> CacheIdentity:
     patterns = (*config.data.files, *config.data.validation_files)
     data_at_hand = all(glob.glob(pattern, recursive=True) for pattern in patterns)  # none for an address
     if Path(config.target.model).is_dir() and data_at_hand:
-        return describe_inputs(settings).header.identity
+        return _IDENTITIES.recall(
+            lambda: (repr(settings), sign_files(_input_files(settings))),
+            lambda: describe_inputs(settings).header.identity,
+        )
     logger.info("target or data are no local files here: the cache is compared with the config's own values only")
     return cached.model_copy(update=known)
+
+
+def _input_files(settings: Settings) -> list[Path]:
+    """Every local file that decides an identity: of the data, with what lies beside it, and of the target."""
+    data = [Path(file) for file in expand_files(settings.data.files)]
+    beside = [folder / MANIFEST for folder in {file.parent for file in data} if (folder / MANIFEST).is_file()]
+    template = [settings.data.chat_template] if settings.data.chat_template else []
+    target = [file for file in Path(settings.target.model).rglob("*") if file.is_file()]
+    return sorted({*data, *beside, *template, *target})
 
 
 def _wanted_import(settings: Settings, known: dict[str, Any], *, cached: CacheIdentity) -> CacheIdentity:
@@ -118,25 +135,29 @@ def _wanted_import(settings: Settings, known: dict[str, Any], *, cached: CacheId
 
 
 def train_draft(
-    config: Config, *, profiled: bool = False, ranks: Ranks | None = None, judge: Judge | None = None
+    config: Config,
+    *,
+    profiled: bool = False,
+    ranks: Ranks | None = None,
+    judge: Judge | None = None,
+    opened: CacheReader | None = None,
 ) -> TrainResult:
     """Train the config's draft, or finish the training that its run folder holds.
 
     SIGTERM and Ctrl-C end it behind the step in progress, with a checkpoint; see `TrainResult.was_stopped`. `ranks` are
     those that the process has joined already; without them it joins what torchrun started, if anything. `judge` sees
-    each validation, and ends the training in the same way if it gives a reason.
+    each validation, and ends the training in the same way if it gives a reason. `opened`: see `open_cache`.
     """
     with ExitStack() as entered:
         stop = entered.enter_context(stop_on_signals())
         ranks = ranks or entered.enter_context(join_ranks(config.train))
-        return _train_draft(config, stop=stop, profiled=profiled, ranks=ranks, judge=judge)
+        reader = open_cache(config, layers=config.draft.target_layer_ids, opened=opened)
+        return _train_draft(config, reader, stop=stop, profiled=profiled, ranks=ranks, judge=judge)
 
 
 def _train_draft(
-    config: Config, *, stop: StopRequest, profiled: bool, ranks: Ranks, judge: Judge | None
+    config: Config, reader: CacheReader, *, stop: StopRequest, profiled: bool, ranks: Ranks, judge: Judge | None
 ) -> TrainResult:
-    reader = open_cache(config, layers=config.draft.target_layer_ids)
-
     def measure(module: DSparkTrainerModule) -> dict[str, Any]:
         scores = _score_split(config, module, reader=reader, ranks=ranks, stop=stop)
         block_size = module.draft_model.config.block_size
@@ -171,20 +192,20 @@ def _can_measure(config: Config, reader: CacheReader) -> bool:
     return False
 
 
-def check_evaluation(config: Config) -> None:
+def check_evaluation(config: Config, *, opened: CacheReader | None = None) -> None:
     """See to it, before a training, that its draft can be evaluated behind it. Raises SettingError, CacheError."""
     read_throughput_table(config.evaluate.throughput_table, least_tokens=1 + config.draft.block_size)
-    with open_reader(config.cache) as reader:
-        if not len(reader.split_indices("validation")):
-            raise SettingError(
-                f"{config.cache.path}: the cache has no validation split, on which the draft could be evaluated; train "
-                "with --no-evaluate, or extract anew with a larger data.validation_fraction"
-            )
+    reader = opened or open_reader(config.cache)
+    if not len(reader.split_indices("validation")):
+        raise SettingError(
+            f"{config.cache.path}: the cache has no validation split, on which the draft could be evaluated; train "
+            "with --no-evaluate, or extract anew with a larger data.validation_fraction"
+        )
 
 
-def evaluate_draft(config: Config, *, draft_dir: Path) -> Evaluation:
-    """Score the draft in `draft_dir`, as servers would load it, on the validation split."""
-    model, reader = open_draft(config, draft_dir=draft_dir)
+def evaluate_draft(config: Config, *, draft_dir: Path, opened: CacheReader | None = None) -> Evaluation:
+    """Score the draft in `draft_dir`, as servers would load it, on the validation split; `opened`: see `open_cache`."""
+    model, reader = open_draft(config, draft_dir=draft_dir, opened=opened)
     block_size = int(model.config.block_size)
     table = read_throughput_table(config.evaluate.throughput_table, least_tokens=1 + block_size)
     reader.plan_reads(evaluated_indices(config, reader))
@@ -229,12 +250,13 @@ def save_evaluation(evaluation: Evaluation, *, file: Path, draft_dir: Path) -> N
 
 
 def open_draft(
-    config: Config, *, draft_dir: Path, dtype: torch.dtype = torch.float32
+    config: Config, *, draft_dir: Path, dtype: torch.dtype = torch.float32, opened: CacheReader | None = None
 ) -> tuple[Qwen3DSparkModel, CacheReader]:
     """The draft in `draft_dir`, and the config's cache with the layers that it sees. Raises SettingError."""
     model = read_draft(draft_dir, dtype=dtype)
-    _check_same_target(model, open_reader(config.cache), draft_dir=draft_dir)
-    return model, open_cache(config, layers=tuple(model.config.target_layer_ids))
+    reader = opened or open_reader(config.cache)
+    _check_same_target(model, reader, draft_dir=draft_dir)
+    return model, open_cache(config, layers=tuple(model.config.target_layer_ids), opened=reader)
 
 
 def _check_same_target(model: Qwen3DSparkModel, reader: CacheReader, *, draft_dir: Path) -> None:

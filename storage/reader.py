@@ -128,6 +128,15 @@ class CacheReader(Sequence[Sample]):
         self._rows = _kept_rows(self._plan, commits, self._markers, read_record)
         self._state = _State()
 
+    def with_layers(self, layers: Iterable[int] | None) -> Self:
+        """A reader of other layers of the same cache, with shards of its own; manifest and index are not read again."""
+        other = object.__new__(type(self))  # not a copy, which goes by __reduce__ and opens the cache anew
+        other.__dict__.update(self.__dict__)
+        other._layers = _parse_layers(layers, self._plan)
+        other._selection = _plan_selection([self.identity.layers.index(layer) for layer in other._layers])
+        other._state = _State()
+        return other
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -17,6 +17,7 @@ from stages.regeneration_record import (
     find_manifests,
     parse_manifest,
 )
+from storage.files import crc32c_hex
 
 
 def make_outcome(row: int, kind: str = "answered", text: str = "yes", reason: str | None = None) -> Outcome:
@@ -110,6 +111,27 @@ def test_the_last_line_of_a_row_counts(tmp_path: Path) -> None:
         assert journal.is_finished(1)
         assert [outcome.kind for outcome in journal.outcomes()] == ["answered", "answered"]
         assert (journal.num_finished, journal.num_known) == (2, 2)
+
+
+def test_a_journal_of_an_earlier_version_is_continued_as_text(tmp_path: Path) -> None:
+    fields = make_outcome(1).model_dump(exclude={"num_unfinished", "rows", "has_text"})
+    body = json.dumps(fields).encode()
+    (tmp_path / "log").write_bytes(f"{crc32c_hex(body)} ".encode() + body + b"\n")
+    with Journal(tmp_path / "log") as journal:
+        prepare_folder(tmp_path / "out", make_manifest())
+        counts = publish(tmp_path / "out", journal.outcomes(), manifest=make_manifest()).counts
+    assert counts is not None
+    assert (counts.num_text, counts.num_id_rows) == (1, 0)
+    line = (tmp_path / "out" / "conversations-00000.jsonl").read_text()
+    assert json.loads(line) == {"row": 1, "messages": fields["messages"]}
+
+
+def test_a_manifest_of_an_earlier_version_is_read() -> None:
+    counts = {"num_answered": 1, "num_turns": 1, "num_tokens": 2, "num_truncated": 0, "num_cut": 0}
+    counts |= {"num_prompt_mismatches": 0, "dropped": {}, "failed": {}}
+    fields = make_manifest().model_dump(mode="json") | {"counts": counts, "files": {"a": 1}}
+    manifest = parse_manifest(json.dumps(fields).encode(), where="")
+    assert (manifest.has_ids, manifest.is_all_ids) == (False, False)
 
 
 def test_a_second_process_is_kept_out(tmp_path: Path) -> None:

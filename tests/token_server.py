@@ -78,8 +78,7 @@ class TokenHandler(BaseHTTPRequestHandler):
 
 
 def refusal(name: str) -> dict[str, Any]:
-    advice = " Use 'max_completion_tokens' instead." if name == "max_tokens" else ""
-    return {"error": {"message": f"Unsupported parameter: '{name}' is not supported with this model.{advice}"}}
+    return {"error": {"message": f"Unsupported parameter: '{name}' is not supported with this model.", "param": name}}
 
 
 @contextmanager

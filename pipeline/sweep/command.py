@@ -25,13 +25,16 @@ from stages.train.parallel import Ranks
 logger = logging.getLogger(__name__)
 
 
-def sweep(config: Config, *, ranks: Ranks, console: Console) -> None:
-    """Train the trials that are left, and report how they compare. Raises ConfigError, SettingError, CacheError."""
+def sweep(config: Config, *, ranks: Ranks, console: Console, retries_failed: bool = False) -> None:
+    """Train the trials that are left, and report how they compare; `retries_failed`: also those that failed.
+
+    Raises ConfigError, SettingError, CacheError.
+    """
     ranks.on_first(lambda: check_sweep(config, world=ranks.world))
     is_parallel = sweep_section(config).parallel > 1
     say = partial(console.print, markup=False)
     opened: list[Trials] = []  # of rank 0: a data base does not travel
-    ranks.on_first(lambda: opened.append(open_sweep(config)))
+    ranks.on_first(lambda: opened.append(open_sweep(config, retries_failed=retries_failed)))
     if is_parallel:
         was_stopped = not run_parallel(config, say=say)
     else:
@@ -47,8 +50,17 @@ def sweep(config: Config, *, ranks: Ranks, console: Console) -> None:
             print_table(comparison, console=console)
             if not was_stopped:
                 _write_page(comparison, config.train.run_dir, say=say)
+        if result.postponed and not was_stopped:
+            reasons = "".join(f"\n  trial {number + 1}: {reason}" for number, reason in result.postponed.items())
+            raise SettingError(
+                f"{len(result.postponed)} trials met trouble that may pass each time they were tried; the same command "
+                f"tries them again{reasons}"
+            )
         if result.num_failed and not result.num_complete and not was_stopped:
-            raise SettingError(f"no trial is complete, and {result.num_failed} failed; their reasons are above")
+            raise SettingError(
+                f"no trial is complete, and {result.num_failed} failed; their reasons are above, "
+                "and --retry-failed tries them again"
+            )
 
 
 def _write_page(comparison: Comparison, folder: Path, *, say: Callable[[str], None]) -> None:

@@ -10,14 +10,17 @@ from typing import Any
 from pipeline.config import Config, to_toml
 from pipeline.logs import LinePacer
 from pipeline.stage_two import check_evaluation, evaluate_draft, open_cache, save_evaluation
+from pipeline.sweep.passing import MAX_ATTEMPTS, PAUSE_SECONDS
 from pipeline.sweep.plan import Point, point_of
 from pipeline.sweep.provenance import describe_origin
 from pipeline.sweep.record import read_trial, write_trial
 from pipeline.sweep.study import ClaimedTrial, Trials
 from stages.train.interrupt import StopRequest
 from stages.whole_files import write_whole
+from storage import CacheReader
 
 POLL_SECONDS = 1.0
+REASON_LENGTH = 1000  # of trouble that is shown and kept; the data base takes 2,048
 PRUNED = "the sweep"  # behind "stopped by" in the training's last line
 
 Say = Callable[[str], None]
@@ -37,6 +40,8 @@ class Desk:
         self._point: Point = {}
         self._run_dir: Path | None = None
         self._record: dict[str, Any] = {}
+        self._troubles: dict[int, int] = {}
+        """How often a trial met trouble that may pass, in this process."""
         self._pruned: dict[str, Any] | None = None
         """The row of the validation at which the trial was given up."""
 
@@ -44,7 +49,7 @@ class Desk:
         """The next trial's number and values; None if none is left, or a stop is asked for while waiting for others."""
         told = False
         while True:
-            self._claimed, self._run_dir, self._pruned = self._trials.claim(), None, None
+            self._claimed, self._run_dir, self._pruned = self._claim_one(stop), None, None
             if self._claimed is not None:
                 self._point = point_of(self._trials.sweep, self._claimed.params)
                 return self._claimed.number, self._point
@@ -55,7 +60,18 @@ class Desk:
             told = True
             time.sleep(POLL_SECONDS)
 
-    def begin(self, trial: Config) -> None:
+    def _claim_one(self, stop: StopRequest) -> ClaimedTrial | None:
+        """A trial that met no trouble here; else, after a pause, one that did, if it has attempts left."""
+        claimed = self._trials.claim(avoid=self._troubles)
+        spent = {number for number, count in self._troubles.items() if count >= MAX_ATTEMPTS}
+        if claimed is not None or spent == self._troubles.keys():
+            return claimed
+        end = time.monotonic() + PAUSE_SECONDS
+        while stop.asked_by is None and time.monotonic() < end:
+            time.sleep(min(POLL_SECONDS, PAUSE_SECONDS))
+        return None if stop.asked_by is not None else self._trials.claim(avoid=spent)
+
+    def begin(self, trial: Config, opened: CacheReader) -> None:
         """Make the trial's folder, or find it as it was interrupted, and note what the trial is made from."""
         claimed, run_dir = self._current, trial.train.run_dir
         values = ", ".join(f"{key} = {value}" for key, value in self._point.items())
@@ -68,13 +84,13 @@ class Desk:
         self._run_dir = run_dir
         known = read_trial(run_dir) or {}
         self._record = {"number": claimed.number + 1, "values": self._point, "origin": known.get("origin")}
-        with open_cache(trial, layers=trial.draft.target_layer_ids) as reader:
-            origin = describe_origin(trial, reader)
+        reader = open_cache(trial, layers=trial.draft.target_layer_ids, opened=opened)
+        origin = describe_origin(trial, reader)
         self._record["origin"] = origin
         claimed.handle.set_user_attr("run_dir", str(run_dir))
         claimed.handle.set_user_attr("origin", origin)
         write_trial(run_dir, {**self._record, "state": "started"})
-        check_evaluation(trial)
+        check_evaluation(trial, opened=reader)
 
     @contextmanager
     def logging(self) -> Iterator[None]:
@@ -100,10 +116,10 @@ class Desk:
         self._pruned = row
         return PRUNED
 
-    def conclude(self, trial: Config, *, was_stopped: bool) -> bool:
+    def conclude(self, trial: Config, opened: CacheReader, *, was_stopped: bool) -> bool:
         """Evaluate what was trained, or note that it was given up; False if it was interrupted instead."""
         if not was_stopped:
-            self._complete(trial)
+            self._complete(trial, opened)
         elif self._pruned is not None:
             self._prune(trial)
         return not was_stopped or self._pruned is not None
@@ -116,14 +132,22 @@ class Desk:
             write_trial(self._run_dir, {**self._record, "state": "failed", "reason": reason})
         self._trials.fail(claimed, reason)
 
+    def postpone(self, error: Exception) -> None:
+        """Put the trial back for trouble that may pass, to be tried again behind the others."""
+        number = self._current.number
+        self._troubles[number] = self._troubles.get(number, 0) + 1
+        attempt = f"attempt {self._troubles[number]} of {MAX_ATTEMPTS}"
+        self._say(f"trial {number + 1} was put back ({attempt}), for trouble that may pass: {error!s:.{REASON_LENGTH}}")
+        self._trials.postpone(self._current, f"{error!s:.{REASON_LENGTH}}" or type(error).__name__)
+
     def put_back(self) -> None:
         """Let the trial wait for whoever continues it, unless it has ended."""
         if self._claimed is not None:
             self._trials.put_back(self._claimed)
 
-    def _complete(self, trial: Config) -> None:
+    def _complete(self, trial: Config, opened: CacheReader) -> None:
         claimed, run_dir = self._current, trial.train.run_dir
-        evaluation = evaluate_draft(trial, draft_dir=run_dir / "draft")
+        evaluation = evaluate_draft(trial, draft_dir=run_dir / "draft", opened=opened)
         save_evaluation(evaluation, file=run_dir / "evaluation.json", draft_dir=run_dir / "draft")
         write_trial(run_dir, {**self._record, "state": "complete"})
         self._trials.complete(claimed, tau=evaluation.tau)

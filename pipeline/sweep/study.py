@@ -1,6 +1,7 @@
 """The trials of a sweep as its processes share them: an Optuna study, and who is at work on which trial.
 
-A trial runs, may wait again, and ends complete, pruned or failed; what has ended is never trained again. The study
+A trial runs, may wait again, and ends complete, pruned or failed; what has ended is never trained again, but for
+failed ones when somebody asks for it. The study
 numbers the trials, whoever begins them, and the number says which of the planned ones it is: so processes and machines
 need not agree on anything else.
 
@@ -16,7 +17,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,6 +47,11 @@ GRACE_SECONDS = 300.0
 BUSY_SECONDS = 60.0
 # Between two attempts at a shared data base; to make its tables takes less (assumption).
 RETRY_SECONDS = 2.0
+
+TROUBLE = "trouble"  # attribute of a trial: why it was last put back
+FAILED_TO_WAITING = (
+    "UPDATE trials SET state = 'WAITING', datetime_complete = NULL WHERE study_id = :id AND state = 'FAIL'"
+)
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -86,14 +92,14 @@ class Trials:
         """Trials in one of these states; by default all that have ended."""
         return len(self._select(*states or FINISHED))
 
-    def claim(self) -> ClaimedTrial | None:
+    def claim(self, *, avoid: Collection[int] = ()) -> ClaimedTrial | None:
         """A trial that waits, or the next new one; it is this process's from now on. None if there is none left.
 
-        A trial with the values of a complete one gets its tau, and is passed over.
+        A trial with the values of a complete one gets its tau, and is passed over; so are the numbers to `avoid`.
         """
         with _locked(self.folder / LOCKS / "sweep"):
             self._free_interrupted()
-            while (number := self._take()) is not None:
+            while (number := self._take(avoid)) is not None:
                 lock = self._lock_trial(number)
                 if lock is None:
                     raise AssertionError(f"trial {number} waits, but a process holds it")
@@ -143,6 +149,16 @@ class Trials:
         self.study.tell(trial.handle, state=TrialState.FAIL, skip_if_finished=True)
         self._release(trial)
 
+    def postpone(self, trial: ClaimedTrial, reason: str) -> None:
+        """The trial met trouble that may pass, for this reason, and waits."""
+        trial.handle.set_user_attr(TROUBLE, reason)
+        self.put_back(trial)
+
+    def find_postponed(self) -> dict[int, str]:
+        """Trials that wait since they met trouble that may pass: number -> reason."""
+        waiting = self._select(TrialState.WAITING)
+        return {trial.number: trial.user_attrs[TROUBLE] for trial in waiting if trial.user_attrs.get(TROUBLE)}
+
     def put_back(self, trial: ClaimedTrial) -> None:
         """The trial was interrupted, and waits for whoever continues it; nothing if it has ended."""
         if trial.finished.is_set():
@@ -155,6 +171,7 @@ class Trials:
         # A function of the seed and the trial: a sampler that started anew after a kill would repeat its first draws.
         self.study.sampler = optuna.samplers.TPESampler(seed=(self.sweep.seed * 1_000_003 + number) % 2**32)
         self._sign(number)
+        self.storage.set_trial_user_attr(self._trial_id(number), TROUBLE, None)
         self._select()  # shows the study a trial that was made past it
         handle = optuna.Trial(self.study, self._trial_id(number))
         params = self._find_params(handle)
@@ -182,9 +199,11 @@ class Trials:
                 return True
         return False
 
-    def _take(self) -> int | None:
+    def _take(self, avoid: Collection[int]) -> int | None:
         """The number of a trial that waited, or of a new one, which runs now."""
         for trial in self._select(TrialState.WAITING):
+            if trial.number in avoid:
+                continue
             with suppress(optuna.exceptions.UpdateFinishedTrialError):  # another machine was faster
                 self._sign(trial.number)
                 if self._set_state(trial.number, TrialState.RUNNING):
@@ -246,8 +265,10 @@ class Trials:
         return self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
 
 
-def open_trials(config: Config, *, cache: dict[str, str]) -> Trials:
+def open_trials(config: Config, *, cache: dict[str, str], retries_failed: bool = False) -> Trials:
     """The sweep's trials, made by the first process that asks for them. `cache` is what the cache's identity says.
+
+    With `retries_failed` those that failed wait again.
 
     Raises SettingError for a sweep that was begun with other settings or another cache, and for a data base that
     cannot be used.
@@ -268,6 +289,10 @@ def open_trials(config: Config, *, cache: dict[str, str]) -> Trials:
             ),
         )
         _check_same(study, {**describe_sweep(config), **cache}, folder=folder)
+        if retries_failed:  # Optuna itself lets no trial begin again; nothing of this study is in its cache yet
+            with storage.engine.begin() as connection:
+                found = {"id": storage.get_study_id_from_name(name)}
+                connection.execute(sqlalchemy.text(FAILED_TO_WAITING), found)
         return Trials(
             sweep=sweep, folder=folder, place=_place(folder), planned=plan_params(sweep), study=study, storage=storage,
             study_id=storage.get_study_id_from_name(name),

@@ -5,15 +5,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any
 
 import fsspec
 import pyarrow.parquet as pq
 
 from stages.errors import StageError
+from stages.unchanged import Memory, sign_files
 
 PARQUET_BATCH_ROWS = 1024
 HASH_CHUNK_BYTES = 1 << 22
+_DIGESTS: Memory[bytes] = Memory()
 
 
 class DataError(StageError, ValueError):
@@ -74,15 +77,25 @@ def _expand_address(pattern: str, *, key: str) -> list[str]:
 
 
 def digest_files(files: Iterable[str]) -> str:
-    """sha256 over the contents of all files in order; their names are no part of it."""
+    """sha256 over the contents of all files in order; their names are no part of it.
+
+    A local file is read once a process, as long as it does not change.
+    """
     total = hashlib.sha256()
     for file in files:
-        one = hashlib.sha256()
-        with _open(file, decompress=False) as stream:
-            while chunk := stream.read(HASH_CHUNK_BYTES):
-                one.update(chunk)
-        total.update(one.digest())
+        if "://" in file:
+            total.update(_digest_file(file))
+        else:
+            total.update(_DIGESTS.recall(partial(sign_files, [file]), partial(_digest_file, file)))
     return total.hexdigest()
+
+
+def _digest_file(file: str) -> bytes:
+    digest = hashlib.sha256()
+    with _open(file, decompress=False) as stream:
+        while chunk := stream.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.digest()
 
 
 def read_rows(files: Iterable[str]) -> Iterator[Row]:

@@ -82,7 +82,7 @@ def _read_ids(
     """
     ids = getattr(choice, "token_ids", None)
     prompt_ids = getattr(completion, "prompt_token_ids", None) or getattr(choice, "prompt_token_ids", None)
-    if not _are_ids(ids) or not _are_ids(prompt_ids):
+    if not (_are_ids(ids) and _are_ids(prompt_ids)):
         return None, None
     spelled = [_squeeze(text) for text in renderer.spell(ids)]
     if not all(any(_squeeze(text) in said for said in spelled) for text in texts):

@@ -52,10 +52,11 @@ class Form:
         """The form in which to ask instead, if the refusal names a field of this one."""
         if refusal.status_code not in (400, 422):
             return None
-        if self.limit == "max_tokens" and "max_completion_tokens" in refusal.response.text:
-            return replace(self, limit="max_completion_tokens")
-        if self.asks_ids and "return_token_ids" in refusal.response.text:
+        said = refusal.response.text
+        if self.asks_ids and "return_token_ids" in said:
             return replace(self, asks_ids=False)
+        if self.limit == "max_tokens" and ("max_tokens" in said or "max_completion_tokens" in said):
+            return replace(self, limit="max_completion_tokens")
         return None
 
 

@@ -22,7 +22,7 @@ class RegenerateSection(Section):
     max_tokens: int | None = Field(default=None, ge=1)
     """Tokens of an answer at most. Default: what its prompt leaves of `data.max_length`, where the cache cuts."""
     truncated: Literal["drop", "keep"] = "drop"
-    """Answers that did not end within their tokens; a kept one is shown to the draft as if the target had ended it."""
+    """Answers that did not end within their tokens; a kept one is cached without an end, as it was sampled."""
     seed: int = Field(default=0, ge=0)
     """Seeds every answer, together with its row and turn."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)

@@ -38,6 +38,10 @@ UNLIMITED = 1 << 60  # cgroup v1 writes a number of this size for "no limit"
 logger = logging.getLogger(__name__)
 
 
+class MemoryShortError(SettingError):
+    """The least that a training takes is not free now; it may be once others have ended."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
     """A micro-batch: tokens of its row, blocks and documents in it."""
@@ -138,7 +142,7 @@ def estimate_memory(
 
 
 def check_memory(estimate: MemoryEstimate, shape: BatchShape, *, free: int | None, device: torch.device) -> None:
-    """Print the estimate, and refuse a run whose least is not free. Raises SettingError.
+    """Print the estimate, and refuse a run whose least is not free. Raises MemoryShortError.
 
     `free` None: not known, nothing is refused.
     """
@@ -150,7 +154,7 @@ def check_memory(estimate: MemoryEstimate, shape: BatchShape, *, free: int | Non
     if free is None:
         return
     if estimate.least > free:
-        raise SettingError(
+        raise MemoryShortError(
             f"this training needs at least {format_bytes(estimate.least)} on {device}, weights "
             f"{format_bytes(estimate.weights)}, gradients {format_bytes(estimate.gradients)}, AdamW "
             f"{format_bytes(estimate.adamw)} and the objective {format_bytes(estimate.objective)}, and {there} are "
