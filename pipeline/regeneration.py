@@ -101,7 +101,11 @@ def regenerate(
 
 def read_prompts(files: list[str], *, section: RegenerateSection, bad: Counter[str] | None = None) -> Iterator[Prompt]:
     """Every conversation of the files; rows without one are counted in `bad`, by reason."""
+    has_split = False
     for number, row in enumerate(read_rows(files)):
+        if bad is not None and not has_split and (row.value or {}).get("split") is not None:
+            has_split = True
+            logger.warning("%s: the column split is not kept; answer the rows of each split on their own", row.file)
         try:
             yield _parse_prompt(number, row, section=section)
         except (BadRowError, NoTurnError) as error:

@@ -88,5 +88,6 @@ def test_samples_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkey
         samples = list(run.iterate_samples(inputs, settings, counts=counts))
         found.append(([(s.sample_id, s.source_row, s.input_ids.tolist(), s.split) for s in samples], counts))
     assert found[0] == found[1]
+    assert [sample for sample, *_ in found[0][0]][-1] == 399
     assert found[0][1].num_bad == 2
     assert found[0][1].num_truncated > 0

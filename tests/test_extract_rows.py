@@ -1,7 +1,10 @@
 """Source files to rows to conversations: every form that is read, and every way in which a row can be bad."""
 
+import bz2
 import gzip
 import json
+import lzma
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,34 @@ def test_a_file_cut_short_is_an_error_with_its_name(tmp_path: Path) -> None:
     for name in ("a.jsonl.gz", "a.parquet"):
         with pytest.raises(DataError, match=name):
             list(read_rows([str(tmp_path / name)]))
+
+
+def compress(text: bytes, file: Path) -> bytes:
+    """`text` as the ending of the file's name says."""
+    if file.suffix == ".zip":
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.jsonl", text)
+        return file.read_bytes()
+    return {".gz": gzip, ".bz2": bz2, ".xz": lzma}[file.suffix].compress(text)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "a.jsonl.bz2", "a.jsonl.zip"])
+def test_a_flipped_bit_in_compressed_data_is_an_error_with_its_name(tmp_path: Path, name: str) -> None:
+    lines = [{"text": f"line {number * number} of {number}"} for number in range(3000)]
+    file = tmp_path / name
+    packed = compress("".join(json.dumps(line) + "\n" for line in lines).encode(), file)
+    raised = 0
+    for place in range(0, len(packed), len(packed) // 40):
+        for bit in (0, 3, 6):
+            file.write_bytes(packed[:place] + bytes([packed[place] ^ 1 << bit]) + packed[place + 1 :])
+            try:
+                rows = [row.value for row in read_rows([str(file)])]
+            except DataError as error:
+                assert name in str(error)  # noqa: PT017
+                raised += 1
+            else:  # a date, a name: no byte of the text
+                assert rows == lines
+    assert raised > 90
 
 
 def test_odd_numbers_and_bytes_are_bad_rows(tmp_path: Path) -> None:

@@ -132,3 +132,14 @@ def test_a_missing_and_a_broken_file(tmp_path: Path) -> None:
         load_config(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match=r"config\.toml"):
         load_config(write(tmp_path, "[target\n"))
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 3000 + "]" * 3000, "x = " + "{a = " * 3000 + "1" + "}" * 3000])
+def test_values_nested_too_deeply_are_an_error(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.toml: arrays or tables that are nested too deeply"):
+        load_config(file)
+    file.write_text("")
+    with pytest.raises(ConfigError, match=r"--set data\.files: arrays or tables that are nested too deeply"):
+        load_config(file, ["data.files" + text[1:]])

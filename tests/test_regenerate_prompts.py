@@ -1,12 +1,19 @@
 """Which turns are asked for, what an answer changes, and what becomes of a row."""
 
+import json
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from pipeline.embedded import TARGET_DIR
+from pipeline.regeneration import read_prompts
 from stages.regenerate.dialogue import Answer, Dialogue, Outcome
 from stages.regenerate.prompts import NoTurnError, PromptDigest, plan_prompt, seed_of
-from stages.regenerate.render import plan_tokens
+from stages.regenerate.render import PromptRenderer, plan_tokens, to_request
+from stages.regenerate.settings import RegenerateSection
 
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool", "c": "assistant"}
 
@@ -131,3 +138,47 @@ def test_a_failure_asks_for_the_whole_row_again() -> None:
 def test_a_prompt_of_another_length_is_counted() -> None:
     counts = [converse("ua", say("x", num_prompt_tokens=count)).num_mismatches for count in (None, 10, 11)]
     assert counts == [0, 0, 1]
+
+
+def test_a_server_is_sent_arguments_as_json_text_and_no_weights() -> None:
+    call = {"type": "function", "id": "c1", "function": {"name": "f", "arguments": {"city": "Orléans", "n": None}}}
+    bare = {"name": "g", "arguments": {}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call, bare], "weight": 0, "reasoning_content": "deep"}
+    sent = to_request(message)
+    assert sent["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"city": "Orléans", "n": null}'}
+    assert sent["tool_calls"][1] == {"name": "g", "arguments": "{}"}
+    assert {key: value for key, value in sent.items() if key != "tool_calls"} == {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "deep",
+    }
+    assert to_request({"role": "user", "content": "a"}) == {"role": "user", "content": "a"}
+
+
+def test_earlier_thinking_is_rendered_under_the_templates_name_for_it() -> None:
+    template = "{% for m in messages %}{% if m.thinking %}[{{ m.thinking }}]{% endif %}{{ m.content }};{% endfor %}"
+    tokenizer = AutoTokenizer.from_pretrained(TARGET_DIR)
+    tokenizer.chat_template = template
+    renderer = PromptRenderer(tokenizer, variables={})
+    turns = [
+        {"role": "user", "content": "a?"},
+        {"role": "assistant", "content": "two", "reasoning_content": "deep"},
+        {"role": "user", "content": "b?"},
+    ]
+    assert renderer.decode(renderer(turns, tools=None)) == "a?;[deep]two;b?;"
+    tokenizer.chat_template = template.replace("thinking", "thoughts")
+    assert renderer.decode(renderer(turns, tools=None)) == "a?;two;b?;"
+
+
+def test_a_kept_turn_without_weight_stays_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "{}"}], "weight": 0}
+    rows = [
+        {"messages": [{"role": "user", "content": "a?"}, call, {"role": "tool", "content": "r"}], "split": "test"},
+    ]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (prompt,) = read_prompts([str(file)], section=RegenerateSection(), bad=Counter())
+    assert prompt.messages[1] is not None
+    assert prompt.messages[1]["weight"] == 0
+    assert prompt.messages[1]["tool_calls"] == [{"name": "f", "arguments": {}}]
+    assert "the column split is not kept" in caplog.text

@@ -79,10 +79,10 @@ def _parse_flag(raw: dict[str, Any], key: str) -> bool:
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a value says nothing: null, false, blank text, or only such things in it."""
+    """Whether a value says nothing: null, blank text, or only such things in it."""
     if isinstance(value, dict | list | tuple):
         return all(map(is_blank, value.values() if isinstance(value, dict) else value))
-    return not value.strip() if isinstance(value, str) else value is None or value is False
+    return not value.strip() if isinstance(value, str) else value is None
 
 
 def parse_text(text: str) -> str:
@@ -95,7 +95,7 @@ def parse_text(text: str) -> str:
 
 
 def _check_nothing_lost(present: dict[str, Any]) -> None:
-    lost = [key for key in LOST_FIELDS if not is_blank(present.get(key))]
+    lost = [key for key in LOST_FIELDS if not is_blank(present.get(key)) and present[key] is not False]
     if not any(present.get(name) for name in NAMES):
         lost += [key for key in THINKING_LISTS if not is_blank(present.get(key))]
     if lost:

@@ -6,7 +6,6 @@ that every row would meet, which ends the run.
 """
 
 import asyncio
-import json
 import os
 import random
 import re
@@ -24,7 +23,7 @@ from stages.errors import SettingError
 from stages.regenerate.completion import AskError, MalformedError, parse_completion
 from stages.regenerate.dialogue import Answer, Dialogue, Outcome
 from stages.regenerate.prompts import Message, Prompt, seed_of
-from stages.regenerate.render import NO_ROOM, PromptRenderer, RenderError, plan_tokens
+from stages.regenerate.render import NO_ROOM, PromptRenderer, RenderError, plan_tokens, to_request
 from stages.regenerate.settings import RegenerateSection
 from stages.regenerate.work import Work
 from stages.regeneration_record import RegenerationError
@@ -322,23 +321,10 @@ def plan_request(endpoint: Endpoint, messages: list[Message], *, tools: list[Any
     variables = {"chat_template_kwargs": section.chat_template_kwargs} if section.chat_template_kwargs else {}
     request = {
         "model": endpoint.model,
-        "messages": [_to_request(message) for message in messages],
+        "messages": [to_request(message) for message in messages],
         "temperature": section.temperature,
         "top_p": section.top_p,
         "seed": seed,
         "extra_body": variables | section.extra_body,
     }
     return request | ({"tools": tools} if tools else {})
-
-
-def _to_request(message: Message) -> Message:
-    """A message as the API takes it: arguments of tool calls as JSON text, nothing of the loss."""
-    fields = {key: value for key, value in message.items() if key not in ("weight", "tool_calls")}
-    calls = [_encode_call(call) for call in message.get("tool_calls", ())]
-    return fields | ({"tool_calls": calls} if calls else {})
-
-
-def _encode_call(call: dict[str, Any]) -> dict[str, Any]:
-    function = call["function"] if isinstance(call.get("function"), dict) else call
-    encoded = {**function, "arguments": json.dumps(function.get("arguments", {}), ensure_ascii=False)}
-    return encoded if function is call else {**call, "function": encoded}

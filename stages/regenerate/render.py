@@ -1,5 +1,6 @@
 """What the target is shown when it is asked for a turn, by its own chat template."""
 
+import json
 from typing import Any
 
 from stages.regenerate.prompts import Message
@@ -58,3 +59,16 @@ def plan_tokens(num_prompt_tokens: int, *, max_tokens: int | None, max_length: i
     """Tokens that an answer may have; not more than the cache would keep of it. None left: 0 or less."""
     room = max_length - num_prompt_tokens
     return room if max_tokens is None else min(room, max_tokens)
+
+
+def to_request(message: Message) -> Message:
+    """A message as OpenAI's API takes it: arguments of tool calls as JSON text, and nothing said of the loss."""
+    fields = {key: value for key, value in message.items() if key not in ("weight", "tool_calls")}
+    calls = [_encode_arguments(call) for call in message.get("tool_calls", ())]
+    return fields | ({"tool_calls": calls} if calls else {})
+
+
+def _encode_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"] if isinstance(call.get("function"), dict) else call
+    encoded = {**function, "arguments": json.dumps(function.get("arguments", {}), ensure_ascii=False)}
+    return encoded if function is call else {**call, "function": encoded}
