@@ -17,6 +17,7 @@ from torch import nn
 from stages.errors import StageError
 from stages.extract.settings import TargetSection
 from stages.rope import pin_rope
+from stages.target_head import join_head
 from storage import CacheWriteError
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -307,7 +308,10 @@ def find_parts(model: Any) -> TargetParts:
 
 
 def write_target(destination: Path, *, folder: Path, parts: TargetParts, tokenizer: Any) -> None:
-    """Fill the cache's `target/`: config, tokenizer, and head.safetensors with embedding, head and final norm."""
+    """Fill the cache's `target/`: config, tokenizer, and head.safetensors with embedding, head and final norm.
+
+    An embedding that is the head too is stored once.
+    """
     destination.mkdir(exist_ok=True)
     shutil.copyfile(folder / "config.json", destination / "config.json")
     for name in TOKENIZER_FILES:
@@ -316,8 +320,7 @@ def write_target(destination: Path, *, folder: Path, parts: TargetParts, tokeniz
     if isinstance(tokenizer.chat_template, str):
         (destination / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     tensors = {
-        "embed_tokens.weight": parts.embed_tokens.weight,
-        "lm_head.weight": parts.lm_head.weight,
+        **join_head(parts.embed_tokens.weight, parts.lm_head.weight).tensors(),
         "norm.weight": parts.final_norm.weight,
         "norm.bias": getattr(parts.final_norm, "bias", None),
     }
