@@ -131,7 +131,7 @@ def decode_draft(
     if decode.confidence_threshold > 0 and (draft_dir / CALIBRATION_FILE).exists():
         temperatures = read_calibration(draft_dir).temperatures
     drafter = BlockDrafter(model, min_confidence=decode.confidence_threshold, confidence_temperatures=temperatures)
-    decoder = _prepare(config, model=model, drafter=drafter, draft_dir=draft_dir)
+    decoder = _prepare(config, model=model, drafter=drafter, draft_dir=draft_dir, max_length=reader.identity.max_length)
     check_cropping(decoder.parts, input_ids=prompts[0].tokens[:CHECKED_TOKENS])
     # 2. All prompts at each temperature.
     decoded = _answer_all(decoder, prompts, progress=progress)
@@ -159,9 +159,11 @@ def decode_draft(
     )
 
 
-def _prepare(config: Config, *, model: Qwen3DSparkModel, drafter: BlockDrafter, draft_dir: Path) -> _Decoder:
+def _prepare(
+    config: Config, *, model: Qwen3DSparkModel, drafter: BlockDrafter, draft_dir: Path, max_length: int
+) -> _Decoder:
     """Load the target beside the draft."""
-    parts = _load_target(config, model=model, draft_dir=draft_dir)
+    parts = _load_target(config, model=model, draft_dir=draft_dir, max_length=max_length)
     stop_ids = eos_token_ids(locate_target(config.target), parts.model.config)
     return _Decoder(
         parts=parts,
@@ -213,10 +215,13 @@ def _compare(
     )
 
 
-def _load_target(config: Config, *, model: Qwen3DSparkModel, draft_dir: Path) -> TargetParts:
+def _load_target(
+    config: Config, *, model: Qwen3DSparkModel, draft_dir: Path, max_length: int | None = None
+) -> TargetParts:
     """The config's target in `decode.dtype`. Raises TargetError, and SettingError if the draft is another target's."""
     section = config.target.model_copy(update={"dtype": config.decode.dtype})
-    parts = load_target(locate_target(section), target=section, device=choose_device(config.train.device))
+    device = choose_device(config.train.device)
+    parts = load_target(locate_target(section), target=section, device=device, max_length=max_length)
     for name in ("embed_tokens", "lm_head"):
         whole, own = getattr(parts, name).weight, getattr(model, name).weight
         if whole.shape != own.shape or not same_rows(whole[:COMPARED_ROWS].cpu(), own[:COMPARED_ROWS]):

@@ -187,7 +187,7 @@ def _open_local(config: Config, asked: Asked) -> Backend:
     from stages.regenerate.local import LocalTarget, run_local
 
     device = choose_device(config.extract.device)
-    parts = targets.load_target(asked.folder, target=config.target, device=device)
+    parts = targets.load_target(asked.folder, target=config.target, device=device, max_length=asked.max_length)
     ends = targets.eos_token_ids(asked.folder, asked.config) | ({asked.tokenizer.eos_token_id} - {None})
     if not ends:
         raise SettingError(f"{asked.folder}: neither config nor tokenizer name an end-of-turn token")

@@ -99,6 +99,7 @@ class Reference:
     blocks: int = 0
     abs_error: float = 0.0
     bias: float = 0.0
+    cumprod_bias: float = 0.0
     accept_num: list[float] = field(default_factory=list)
     accept_den: list[int] = field(default_factory=list)
     slots: list[SimpleNamespace] = field(default_factory=list)
@@ -130,7 +131,7 @@ def _add_block(
         return
     hidden = block_states(weights, config, document, anchor)
     biases = _markov_biases(weights, config, document, anchor, hidden)
-    survival, tau = 1.0, 1.0
+    survival, tau, foreseen = 1.0, 1.0, 1.0
     for slot in range(size):
         position = anchor + slot + 1
         if position >= len(document.ids) or not document.mask[position]:
@@ -155,6 +156,8 @@ def _add_block(
             confidence = float(chance.detach())
             total.abs_error += weight * abs(confidence - accept)
             total.bias += weight * (confidence - accept)
+            foreseen *= confidence
+            total.cumprod_bias += weight * (foreseen - survival * accept)
         total.weight += weight
         total.accept_num[slot] += accept
         total.accept_den[slot] += 1

@@ -85,6 +85,7 @@ def test_losses_metrics_and_gradients_equal_the_reference(changes: dict[str, obj
         "ce_loss": float(sums.ce.detach()) / sums.weight, "l1_loss": float(sums.l1.detach()) / sums.weight,
         "confidence_loss": float(sums.confidence.detach()) / sums.weight, "tau_num": sums.tau, "tau_den": sums.blocks,
         "confidence_abs_error_num": sums.abs_error, "confidence_bias_num": sums.bias,
+        "confidence_cumprod_bias_num": sums.cumprod_bias,
         "confidence_diag_den": sums.weight if model.config.enable_confidence_head else 0.0,
         "num_supervised": len(sums.slots), "num_blocks": sums.blocks,
     }  # fmt: skip

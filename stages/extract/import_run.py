@@ -103,6 +103,7 @@ def _describe_source(settings: Settings, source: PeerCache) -> Inputs:
             f"{inputs.header.hidden_size}; name the target that the source was made with"
         )
     provenance = inputs.header.provenance | {"data": str(source.path), "imported from": source.name}
+    provenance.pop("rope", None)  # the source's own, which it does not say
     return replace(inputs, header=inputs.header.model_copy(update={"provenance": provenance}))
 
 

@@ -35,6 +35,7 @@ from stages.extract.settings import CacheSection, DataSection, ExtractSection, T
 from stages.extract.shards import CheckStates, ComputeStates, Progress, compute_shards
 from stages.extract.share import ALONE, Share
 from stages.extract.tokenize import SampleTokenizer
+from stages.rope import describe_rope, mixes_ropes
 from stages.target_config import check_layers, choose_max_length, default_layers
 from stages.target_shape import TargetShape, parse_target_shape
 from storage import (
@@ -146,6 +147,7 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
             "host": platform.node(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **_describe_rope(shape, max_length=max_length),
             **describe_regeneration(files, identity=identity),
         },
     )
@@ -160,6 +162,37 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
         data=data,
         header=header,
     )
+
+
+def _describe_rope(shape: TargetShape, *, max_length: int) -> dict[str, str]:
+    """Which of its ropes a target computes, where it has several."""
+    rope = describe_rope(shape, max_length=max_length)
+    return {"rope": rope} if rope else {}
+
+
+def _check_rope(cached: CacheHeader, inputs: Inputs, *, where: Path) -> None:
+    """Refuse to go on with a cache whose first shards were computed with whatever rope a batch asked for."""
+    wanted = inputs.header.provenance.get("rope")
+    if cached.provenance.get("rope") != wanted and mixes_ropes(
+        inputs.shape, max_length=inputs.header.identity.max_length
+    ):
+        raise targets.TargetError(
+            f"{where}: was begun by a version that let each batch choose the target's rope; expected {wanted}, for all "
+            "of a cache; name another cache.path, or delete this one"
+        )
+
+
+def loader(inputs: Inputs, settings: Settings, *, device: torch.device) -> Callable[[], targets.TargetParts]:
+    """What loads the target, once; with one rope for all texts of the cache."""
+    rope = inputs.header.provenance.get("rope")
+    if rope:
+        logger.info("the target's rope depends on the length of a text: all of this cache is computed with %s", rope)
+    return functools.cache(
+        functools.partial(
+            targets.load_target, inputs.folder, target=settings.target, device=device,
+            max_length=inputs.header.identity.max_length,
+        )
+    )  # fmt: skip
 
 
 def configured_identity(settings: Settings) -> dict[str, Any]:
@@ -266,7 +299,7 @@ def extract(
     inputs = describe_inputs(settings)
     if check_target is not None:
         check_target(inputs.shape)
-    load = functools.cache(functools.partial(targets.load_target, inputs.folder, target=settings.target, device=device))
+    load = loader(inputs, settings, device=device)
     plan = read_plan(folder) if share.plans else _await_plan(folder)
     if plan is None:
         plan = _write_plan(inputs, settings, load=load, show_price=show_price)
@@ -277,6 +310,7 @@ def extract(
     missing = share.plan_turns(writer.missing_shards())
     computed = []
     if missing:
+        _check_rope(plan.header, inputs, where=folder)
         check_space(folder, needed=expected_bytes(plan.bytes_on_disk(missing), plan.header))
         # 3. The target.
         parts = load()

@@ -14,6 +14,7 @@ from torch import nn
 from stages.extract.model_files import TargetError, first_line, read_json
 from stages.extract.settings import TargetSection
 from stages.extract.weights_check import check_files, check_loaded
+from stages.rope import pin_rope
 from stages.target_config import open_text_config, read_field
 from stages.target_shape import SHAPE_FILE, parse_target_shape
 from storage import CacheWriteError
@@ -97,8 +98,13 @@ class TargetParts:
         return dtype
 
 
-def load_target(folder: Path, *, target: TargetSection, device: torch.device) -> TargetParts:
-    """The target in evaluation mode on `device` (or as `target.device_map` spreads it). Raises TargetError."""
+def load_target(
+    folder: Path, *, target: TargetSection, device: torch.device, max_length: int | None = None
+) -> TargetParts:
+    """The target in evaluation mode on `device` (or as `target.device_map` spreads it). Raises TargetError.
+
+    `max_length`: the longest text; a rope that depends on the length is held to that of such a text.
+    """
     config = load_config(folder, trust_remote_code=target.trust_remote_code)
     try:
         model, report = choose_class(config, trust_remote_code=target.trust_remote_code).from_pretrained(
@@ -118,6 +124,8 @@ def load_target(folder: Path, *, target: TargetSection, device: torch.device) ->
     if target.device_map is None:
         model.to(device)
     model.eval()
+    if max_length is not None:
+        pin_rope(model, max_length=max_length)
     return find_parts(model)
 
 

@@ -8,16 +8,13 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig, Qwen3Config
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stages.errors import SettingError
+from stages.rope import draft_rope
 from stages.target_config import check_layers, default_layers
 from stages.target_shape import TargetShape, parse_target_shape
 
 MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
-
-# Keys of a target's rope that the draft does not have: it rotates whole heads of text positions.
-_FOREIGN_ROPE_KEYS = ("partial_rotary_factor", "mrope_section", "mrope_interleaved", "type")
 
 
 def default_target_layer_ids(num_target_layers: int) -> list[int]:
@@ -40,11 +37,14 @@ def build_draft_config(  # noqa: PLR0913 (one argument a field of the draft)
     enable_confidence_head: bool = True,
     confidence_head_with_markov: bool = True,
     intermediate_size: int | None = None,
+    max_length: int | None = None,
 ) -> Qwen3Config:
     """A draft config for any decoder target, by its shape or by its own config; a nested one (`text_config`) is opened.
 
     Dimensions, head size, rope, norm epsilon and vocabulary are the target's; logit scale and soft-cap too, where it
-    has them. `confidence_head_with_markov` is dropped with `markov_rank = 0`, where there is no embedding to see.
+    has them. A rope that depends on the length of a text becomes that of `max_length` tokens, the longest text that
+    states are taken of (None: as many as the target has positions); see `stages.rope`. `confidence_head_with_markov` is
+    dropped with `markov_rank = 0`, where there is no embedding to see.
 
     Raises SettingError, naming the value, for settings that no draft of this target can have.
     """
@@ -65,7 +65,7 @@ def build_draft_config(  # noqa: PLR0913 (one argument a field of the draft)
         )
     return Qwen3Config(
         architectures=["Qwen3DSparkModel"],
-        **_target_dimensions(target, intermediate_size=intermediate_size),
+        **_target_dimensions(target, intermediate_size=intermediate_size, max_length=max_length),
         num_hidden_layers=num_draft_layers,
         layer_types=["full_attention"] * num_draft_layers,
         use_sliding_window=False,
@@ -89,7 +89,7 @@ def build_draft_config(  # noqa: PLR0913 (one argument a field of the draft)
     )
 
 
-def _target_dimensions(target: TargetShape, *, intermediate_size: int | None) -> dict[str, Any]:
+def _target_dimensions(target: TargetShape, *, intermediate_size: int | None, max_length: int | None) -> dict[str, Any]:
     if target.head_dim % 2:
         raise SettingError(
             f"head_dim: expected an even number, since rope rotates pairs, got {target.head_dim} from the target"
@@ -101,6 +101,7 @@ def _target_dimensions(target: TargetShape, *, intermediate_size: int | None) ->
             + (" from the target; set draft.intermediate_size" if intermediate_size is None else "")
         )
     dtype = getattr(torch, target.dtype or "bfloat16", None)
+    max_positions = target.max_positions or 32768
     return {
         "vocab_size": target.vocab_size,
         "hidden_size": target.hidden_size,
@@ -109,10 +110,12 @@ def _target_dimensions(target: TargetShape, *, intermediate_size: int | None) ->
         "num_key_value_heads": target.num_kv_heads,
         "head_dim": target.head_dim,
         "hidden_act": "silu",  # Qwen3's; servers accept no other
-        "max_position_embeddings": target.max_positions or 32768,
+        "max_position_embeddings": max_positions,
         "initializer_range": target.initializer_range or 0.02,
         "rms_norm_eps": target.rms_norm_eps or 1e-6,
-        "rope_parameters": _draft_rope(target),
+        "rope_parameters": draft_rope(
+            _target_rope(target), head_dim=target.head_dim, max_positions=max_positions, max_length=max_length
+        ),
         "dtype": dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
         "bos_token_id": target.bos_token_id,
         "eos_token_id": list(target.eos_token_id) if isinstance(target.eos_token_id, tuple) else target.eos_token_id,
@@ -120,20 +123,10 @@ def _target_dimensions(target: TargetShape, *, intermediate_size: int | None) ->
     }
 
 
-def _draft_rope(target: TargetShape) -> dict[str, Any]:
-    """The target's rope, written in full; of a target with one rope per layer type, that of full attention."""
-    rope = dict(target.rope_parameters)
-    if isinstance(rope.get("full_attention"), dict):
-        rope = dict(rope["full_attention"])
-    rope = {key: value for key, value in rope.items() if key not in _FOREIGN_ROPE_KEYS and value is not None}
-    rope.setdefault("rope_type", "default")
-    rope.setdefault("rope_theta", 10000.0)
-    if rope["rope_type"] == "mrope":  # of text positions alone, all three sections agree
-        rope["rope_type"] = "default"
-    known = ["default", *ROPE_INIT_FUNCTIONS]
-    if rope["rope_type"] not in known:
-        raise SettingError(f"rope_type: expected one of {', '.join(known)}, got {rope['rope_type']!r} from the target")
-    return rope
+def _target_rope(target: TargetShape) -> dict[str, Any]:
+    """The target's rope; of a target with one for each layer type, that of full attention."""
+    rope = target.rope_parameters
+    return rope["full_attention"] if isinstance(rope.get("full_attention"), dict) else rope
 
 
 def _logit_fields(target: TargetShape) -> dict[str, float]:

@@ -27,6 +27,7 @@ SUMMED = (
     "tau_den",
     "confidence_abs_error_num",
     "confidence_bias_num",
+    "confidence_cumprod_bias_num",
     "confidence_diag_den",
 )
 # Numbers of this side of the device, which travel with them: `count_slots`'s, and those of `Stepper.step`.
@@ -92,6 +93,7 @@ class StepTotals:
             "tau": float(sums["tau_num"] / sums["tau_den"].clamp_min(1e-30)),
             "confidence_abs_error": float(sums["confidence_abs_error_num"] / diagnosed),
             "confidence_bias": float(sums["confidence_bias_num"] / diagnosed),
+            "confidence_cumprod_bias": float(sums["confidence_cumprod_bias_num"] / diagnosed),
             "accept_rate_per_pos": [float(rate) for rate in per_slot],
             "coverage": float(sums["num_predicted_tokens"] / sums["num_supervised_tokens"].clamp_min(1)),
             **{name: int(sums[name]) for name in ("num_tokens", "num_blocks", "num_slots")},

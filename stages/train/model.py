@@ -23,6 +23,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     rotate_half,
 )
 
+from stages.rope import draft_rope
 from stages.train.attention import (
     Attend,
     BlockRanges,
@@ -50,7 +51,18 @@ _REQUIRED_FIELDS = ("block_size", "mask_token_id", "target_layer_ids", "num_anch
 
 
 class DSparkRotaryEmbedding(Qwen3RotaryEmbedding):  # type: ignore[misc]
-    """Qwen3's rope whose frequencies stay float32 when the module is cast: bfloat16 ones turn far positions astray."""
+    """Qwen3's rope of the config's one set of frequencies, which no call changes.
+
+    They stay float32 when the module is cast: bfloat16 ones turn far positions astray.
+    """
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Rope:
+        """Cosines and sines [..., E] of positions [...], in `x`'s dtype; of no position at all, too."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
+        angles = torch.cat([angles, angles], dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         exact = dict(self.named_buffers(recurse=False))
@@ -144,6 +156,7 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
             raise ValueError(f"config: {', '.join(missing)} missing; expected the config of a DSpark draft")
         if not getattr(config, "sample_from_anchor", True):
             raise ValueError("config: sample_from_anchor is false; slot 0 must predict the token after the anchor")
+        config.rope_parameters = one_rope(config)
         super().__init__(config)
         self.block_size = int(config.block_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -341,6 +354,15 @@ def _plan_attention(ranges: BlockRanges, queries_N: torch.Tensor, *, num_context
     """Attention of all slots, and of the queries alone."""
     attention = FlexAttention if ranges.anchor.is_cuda else GroupedAttention
     return attention(ranges, num_context=num_context), attention(ranges, queries_N, num_context=num_context)
+
+
+def one_rope(config: Qwen3Config) -> dict[str, Any]:
+    """The rope that a draft of this config computes, whatever the length of a text; its own, if that says all.
+
+    A key `alpha` was never obeyed here: drafts that have it were trained without.
+    """
+    rope = {key: value for key, value in config.rope_parameters.items() if key != "alpha"}
+    return draft_rope(rope, head_dim=config.head_dim, max_positions=config.max_position_embeddings)
 
 
 def config_fields(config: Qwen3Config) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from stages.train.anchors import sample_anchors
 from stages.train.fused import fused_terms
 from stages.train.model import Qwen3DSparkModel
 from stages.train.objective import LossWeights, SlotTerms, Supervision, confidence_loss, plain_terms
-from stages.train.slots import Slots, expected_tokens, find_slots, slot_weights
+from stages.train.slots import Slots, expected_tokens, find_slots, slot_weights, survival
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,10 @@ class DSparkStepMetrics:
     """Σ w·|confidence - accept rate|."""
     confidence_bias_num: torch.Tensor
     """Σ w·(confidence - accept rate)."""
+    confidence_cumprod_bias_num: torch.Tensor
+    """Σ w·(Π_{i<=k} confidence_i - Π_{i<=k} accept_i): of the chance that a block is accepted up to slot k."""
     confidence_diag_den: torch.Tensor
-    """Σ w over slots with a confidence and an accept rate, the denominator of both."""
+    """Σ w over slots with a confidence and an accept rate, the denominator of the three."""
     num_supervised: int
     num_blocks: int
     """Blocks with at least one supervised slot."""
@@ -284,6 +286,7 @@ def _diagnose(slots: Slots, terms: SlotTerms, weight_N: torch.Tensor) -> dict[st
         "tau_den": zero,
         "confidence_abs_error_num": zero,
         "confidence_bias_num": zero,
+        "confidence_cumprod_bias_num": zero,
         "confidence_diag_den": zero,
     }
     if terms.accept_rate is None:
@@ -294,8 +297,11 @@ def _diagnose(slots: Slots, terms: SlotTerms, weight_N: torch.Tensor) -> dict[st
     sums["tau_num"] = expected_tokens(accept_N, slots).sum()
     sums["tau_den"] = weight_N.new_tensor(slots.num_blocks)
     if terms.confidence_logit is not None:
-        error_N = terms.confidence_logit.sigmoid() - accept_N
+        confidence_N = terms.confidence_logit.sigmoid()
+        error_N = confidence_N - accept_N
+        survival_error_N = survival(confidence_N, slots) - survival(accept_N, slots)
         sums["confidence_abs_error_num"] = (weight_N * error_N.abs()).sum()
         sums["confidence_bias_num"] = (weight_N * error_N).sum()
+        sums["confidence_cumprod_bias_num"] = (weight_N * survival_error_N).sum()
         sums["confidence_diag_den"] = weight_N.sum()
     return sums

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import Qwen3Config
 
 from stages.errors import SettingError
+from stages.rope import mixes_ropes
 from stages.target_shape import TargetShape, read_target_shape
 from stages.train.checkpoint import (
     CheckpointError,
@@ -74,8 +75,10 @@ def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
     """
 
     target_dir = reader.check_target("config.json", "head.safetensors")
+    shape = _read_shape(target_dir, reader)
+    _warn_of_mixed_ropes(reader, shape)
     return build_draft_config(
-        _read_shape(target_dir, reader),
+        shape,
         num_draft_layers=draft.num_layers,
         block_size=draft.block_size,
         target_layer_ids=reader.layers,
@@ -86,6 +89,7 @@ def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
         enable_confidence_head=draft.enable_confidence_head,
         confidence_head_with_markov=draft.confidence_head_with_markov,
         intermediate_size=draft.intermediate_size,
+        max_length=reader.identity.max_length,
     )
 
 
@@ -103,6 +107,17 @@ def _read_shape(target_dir: Path, reader: CacheReader) -> TargetShape:
                 f"{expected}; the folder was changed by hand: fetch the cache again"
             )
     return shape
+
+
+def _warn_of_mixed_ropes(reader: CacheReader, shape: TargetShape) -> None:
+    """Caches made before the target's rope was held to one set of frequencies do not name it."""
+    is_named = "rope" in reader.manifest.header.provenance or reader.identity.imported_from is not None
+    if not is_named and mixes_ropes(shape, max_length=reader.identity.max_length):
+        logger.warning(
+            "%s: an earlier version made it, which let each batch choose the target's rope: its states may depend on "
+            "what was computed beside them; extract it anew",
+            reader.path,
+        )
 
 
 def build_draft(

@@ -72,6 +72,16 @@ def slot_weights(slot_N: torch.Tensor, loss_decay_gamma: float | None) -> torch.
 
 def expected_tokens(accept_rate_N: torch.Tensor, slots: Slots) -> torch.Tensor:
     """tau of each block, 1 + Σ_k Π_{i<=k} accept_i over its supervised slots: [M]."""
-    accept_MK = accept_rate_N.new_zeros(slots.num_blocks, slots.block_size)
-    accept_MK[slots.block, slots.slot] = accept_rate_N
-    return 1 + accept_MK.cumprod(dim=1).sum(dim=1)
+    return 1 + _survival(accept_rate_N, slots).sum(dim=1)
+
+
+def survival(rate_N: torch.Tensor, slots: Slots) -> torch.Tensor:
+    """Π_{i<=k} rate_i over the slots of a block up to each slot's own: [N]."""
+    return _survival(rate_N, slots)[slots.block, slots.slot]
+
+
+def _survival(rate_N: torch.Tensor, slots: Slots) -> torch.Tensor:
+    """The products by block and slot [M, K]; 0 where nothing is supervised."""
+    rate_MK = rate_N.new_zeros(slots.num_blocks, slots.block_size)
+    rate_MK[slots.block, slots.slot] = rate_N
+    return rate_MK.cumprod(dim=1)
