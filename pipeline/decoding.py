@@ -29,7 +29,9 @@ from stages.evaluate.rejection import Sampler
 from stages.evaluate.settings import DecodeSection
 from stages.extract.cached_target import CachedTarget, check_cropping
 from stages.extract.capture import Capture
-from stages.extract.target import TargetParts, eos_token_ids, load_target, locate_target
+from stages.extract.model_files import locate_target
+from stages.extract.target import TargetParts, eos_token_ids, load_target
+from stages.target_shape import parse_target_shape
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
 from stages.train.drafting import BlockDrafter
 from stages.train.warm_start import COMPARED_ROWS, same_rows
@@ -162,15 +164,14 @@ def _prepare(
 ) -> _Decoder:
     """Load the target beside the draft."""
     parts = _load_target(config, model=model, draft_dir=draft_dir, max_length=max_length)
-    text_config = parts.model.config.get_text_config(decoder=True)
-    stop_ids = eos_token_ids(locate_target(config.target), text_config)
+    stop_ids = eos_token_ids(locate_target(config.target), parts.model.config)
     return _Decoder(
         parts=parts,
         target=CachedTarget(parts, layers=model.config.target_layer_ids),
         plain_target=CachedTarget(parts),
         drafter=drafter,
         stop_ids=frozenset(token for token in stop_ids if 0 <= token < model.config.vocab_size),
-        max_positions=getattr(text_config, "max_position_embeddings", None) or sys.maxsize,
+        max_positions=parse_target_shape(parts.model.config).max_positions or sys.maxsize,
         section=config.decode,
     )
 

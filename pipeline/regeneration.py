@@ -15,8 +15,10 @@ from rich.table import Table
 from pipeline.config import Config
 from stages.device import choose_device
 from stages.errors import SettingError
+from stages.extract import digests
 from stages.extract import target as targets
 from stages.extract.conversations import parse_chat
+from stages.extract.model_files import locate_target
 from stages.extract.rows import BadRowError, DataError, Row, expand_files, read_rows
 from stages.regenerate.prompts import NoTurnError, Prompt, PromptDigest, plan_prompt
 from stages.regenerate.publish import FAILURES
@@ -28,6 +30,7 @@ from stages.regenerate.work import Backend
 from stages.regeneration_record import MANIFEST, RegenerationIdentity, RegenerationManifest
 from stages.signals import ask_on_signals
 from stages.target_config import choose_max_length
+from stages.target_shape import parse_target_shape
 
 NOTICE = "answers on their way are waited for, ten seconds at most, or a batch in progress is given up"
 NUM_REASONS_SHOWN = 5
@@ -126,13 +129,13 @@ def _digest_prompts(prompts: Callable[..., Iterator[Prompt]], config: Config) ->
 
 
 def _describe_target(config: Config) -> Asked:
-    folder = targets.locate_target(config.target)
+    folder = locate_target(config.target)
     target_config = targets.load_config(folder, trust_remote_code=config.target.trust_remote_code)
     return Asked(
         folder=folder,
         config=target_config,
         tokenizer=targets.load_tokenizer(folder, target=config.target, chat_template=config.data.chat_template),
-        max_length=choose_max_length(config.data.max_length, target_config),
+        max_length=choose_max_length(config.data.max_length, parse_target_shape(target_config).max_positions),
     )
 
 
@@ -144,7 +147,7 @@ def _identify(config: Config, asked: Asked, *, digest: PromptDigest, is_local: b
     own: dict[str, Any] = {"served_model": _served_model(config), "extra_body": section.extra_body}
     if is_local:
         own = {
-            "target_weights_digest": targets.digest_weights(asked.folder),
+            "target_weights_digest": digests.digest_weights(asked.folder),
             "dtype": target.dtype,
             "attn_implementation": target.attn_implementation,
             "batch_size": section.batch_size,
@@ -154,9 +157,9 @@ def _identify(config: Config, asked: Asked, *, digest: PromptDigest, is_local: b
         prompts_digest=digest.hexdigest(),
         num_prompts=digest.num_prompts,
         max_length=asked.max_length,
-        target_config_digest=targets.digest_config(asked.config),
-        tokenizer_digest=targets.digest_tokenizer(asked.tokenizer),
-        chat_template_digest=targets.digest_chat_template(asked.tokenizer),
+        target_config_digest=digests.digest_config(asked.config),
+        tokenizer_digest=digests.digest_tokenizer(asked.tokenizer),
+        chat_template_digest=digests.digest_chat_template(asked.tokenizer),
         **shared,
         **own,
     )
@@ -184,8 +187,7 @@ def _open_local(config: Config, asked: Asked) -> Backend:
     from stages.regenerate.local import LocalTarget, run_local
 
     device = choose_device(config.extract.device)
-    max_length = choose_max_length(config.data.max_length, asked.config)
-    parts = targets.load_target(asked.folder, target=config.target, device=device, max_length=max_length)
+    parts = targets.load_target(asked.folder, target=config.target, device=device, max_length=asked.max_length)
     ends = targets.eos_token_ids(asked.folder, asked.config) | ({asked.tokenizer.eos_token_id} - {None})
     if not ends:
         raise SettingError(f"{asked.folder}: neither config nor tokenizer name an end-of-turn token")

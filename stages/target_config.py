@@ -1,10 +1,14 @@
-"""What both stages read off a target's config: which layers are tapped where nobody names any, and its logits' form."""
+"""What both stages read off a config that others define, and what is chosen by it where nobody names anything."""
 
 from typing import Any
 
 from stages.errors import SettingError
 
 DEFAULT_MAX_LENGTH = 4096
+NESTED_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+NUM_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere's, Muse's, Falcon-H1's
+MULTIPLIES_BY_DIVISOR = ("hyperclovax",)  # model types that multiply by `logits_scaling`, by which Granite's divide
 
 
 def default_layers(num_target_layers: int) -> tuple[int, ...]:
@@ -29,17 +33,52 @@ def check_layers(layers: tuple[int, ...], *, num_target_layers: int, key: str) -
         )
 
 
-def choose_max_length(wanted: int | None, target_config: Any) -> int:
+def choose_max_length(wanted: int | None, max_positions: int | None) -> int:
     """Tokens a sample at most: what the config wants, or 4096 (the reference recipe) where the target has as many.
 
     Raises SettingError for more than the target has positions.
     """
-    positions = getattr(target_config, "max_position_embeddings", None)
     if wanted is None:
-        return min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
-    if positions and wanted > positions:
-        raise SettingError(f"data.max_length: expected at most the target's {positions} positions, got {wanted}")
+        return min(DEFAULT_MAX_LENGTH, max_positions or DEFAULT_MAX_LENGTH)
+    if max_positions and wanted > max_positions:
+        raise SettingError(f"data.max_length: expected at most the target's {max_positions} positions, got {wanted}")
     return wanted
+
+
+def read_field(config: Any, *names: str) -> Any:
+    """The first of these fields that a config, or a dict of its fields, has and that is not None.
+
+    Configs raise families of their own for fields that they compute or that differ between layers.
+    """
+    for name in names:
+        try:
+            value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+        except Exception:
+            value = None
+        if value is not None:
+            return value
+    return None
+
+
+def open_text_config(config: Any) -> Any:
+    """The config of the text stack; of a stack whose layers differ, that of its first sliding or else first layer."""
+    try:
+        text = config if isinstance(config, dict) else config.get_text_config(decoder=True)
+    except Exception as error:  # several candidates, or code of a model's repository
+        raise SettingError(f"{_name(config)}: its config does not say which part writes text: {error}") from error
+    nested = read_field(text, *NESTED_TEXT_CONFIGS)
+    return text if nested is None or read_field(text, *NUM_LAYERS) is not None else open_text_config(nested)
+
+
+def first_layer(config: Any) -> Any:
+    """`config` itself, or, where its layers have fields of their own, what it is for the first sliding or first layer.
+
+    Gemma 4's full-attention layers have wider heads than its sliding ones, of which there are more.
+    """
+    if not read_field(config, "is_heterogeneous"):
+        return config
+    kinds = list(read_field(config, "layer_types") or ())
+    return config.per_layer_config[kinds.index("sliding_attention") if "sliding_attention" in kinds else 0]
 
 
 def logit_transform(target_config: Any) -> tuple[float | None, float | None]:
@@ -47,9 +86,13 @@ def logit_transform(target_config: Any) -> tuple[float | None, float | None]:
 
     Cohere's configs name `logit_scale`; Granite's divide by `logits_scaling`; Gemma's have `final_logit_softcapping`.
     """
-    scale = getattr(target_config, "logit_scale", None)
-    divisor = getattr(target_config, "logits_scaling", None)
+    scale, divisor = read_field(target_config, *SCALE_FIELDS), read_field(target_config, "logits_scaling")
     if scale is None and divisor:
-        scale = 1.0 / divisor
-    softcap = getattr(target_config, "final_logit_softcapping", None)
+        multiplies = _name(target_config).startswith(MULTIPLIES_BY_DIVISOR)
+        scale = divisor if multiplies else 1.0 / divisor
+    softcap = read_field(target_config, "final_logit_softcapping")
     return None if scale in (None, 1.0) else float(scale), None if softcap is None else float(softcap)
+
+
+def _name(config: Any) -> str:
+    return str(read_field(config, "model_type") or type(config).__name__)

@@ -39,15 +39,19 @@ class CachePlan:
         header: CacheHeader,
         write_target: Callable[[Path], None] | None = None,
         dropped: Callable[[], Mapping[str, int]] | None = None,
+        mask_token_id: Callable[[], int | None] | None = None,
     ) -> "CachePlan":
         """Plan a cache in a new or empty directory, or in one whose planning was interrupted.
 
         ``samples`` are in source order; one shard of them is in memory at a time. ``write_target`` puts the target's
         files into the directory that it is given. ``dropped`` is asked once all samples are seen: reason -> count.
+        So is ``mask_token_id``, where the samples decide it; its answer stands in the place of the header's.
         Raises CacheExistsError for a directory that is already planned or that holds files of somebody else.
         """
         root = Path(path)
-        publish_plan(root, samples, header=header, write_target=write_target, dropped=dropped)
+        publish_plan(
+            root, samples, header=header, write_target=write_target, dropped=dropped, mask_token_id=mask_token_id
+        )
         return cls.read(root)
 
     @classmethod

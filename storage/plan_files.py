@@ -40,6 +40,7 @@ def publish_plan(
     header: CacheHeader,
     write_target: Callable[[Path], None] | None,
     dropped: Callable[[], Mapping[str, int]] | None,
+    mask_token_id: Callable[[], int | None] | None,
 ) -> None:
     """Write every file of a plan; see ``CachePlan.write``."""
     with space_errors(root), _partial_manifest(root) as partial_fd:
@@ -50,6 +51,8 @@ def publish_plan(
         fault_point("plan.target")
         files[layout.INDEX] = _write_recorded(root, layout.INDEX, render_index(index))
         fault_point("plan.index")
+        if mask_token_id is not None:
+            header = header.model_copy(update={"mask_token_id": mask_token_id()})
         manifest = seal_manifest(
             header,
             _summarise(index, header, dict(dropped()) if dropped else {}),

@@ -12,7 +12,8 @@ import torch
 from transformers import DynamicCache
 
 from stages.extract.capture import keep_states
-from stages.extract.target import TargetError, TargetParts
+from stages.extract.model_files import TargetError
+from stages.extract.target import TargetParts
 
 # Rounding differs between shapes of batches, the state of another prefix by far more: relative to the largest logit.
 MAX_CACHE_ERROR = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}

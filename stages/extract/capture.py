@@ -3,6 +3,7 @@
 Shape suffixes: B sequences, T tokens (padded), N tokens (unpadded, all sequences end to end), L layers, D hidden.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from stages.extract.target import TargetError, TargetParts
+from stages.extract.model_files import TargetError
+from stages.extract.target import TargetParts
+
+TRIED_TOKENS = 8
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +129,13 @@ def keep_states(
     `real_places`.
     """
 
-    def keep(into_ND: torch.Tensor, states_BTD: torch.Tensor) -> None:
+    kept: set[int] = set()  # the ids of what was written
+
+    def keep(into_ND: torch.Tensor, states_BTD: Any) -> None:
+        _check_states(states_BTD, hidden_size=into_ND.shape[1], parts=parts)
         states = states_BTD.flatten(0, 1)
         into_ND.copy_(states if real_N is None else states.index_select(0, real_N.to(states.device)))
+        kept.add(id(into_ND))
 
     def keep_output(into_ND: torch.Tensor) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -153,6 +163,48 @@ def keep_states(
     finally:
         for handle in handles:
             handle.remove()
+    _check_kept([f"block {layer}" for layer, into_ND in places.items() if id(into_ND) not in kept], parts)
+    _check_kept(["the final norm"] if last_ND is not None and id(last_ND) not in kept else [], parts)
+
+
+def _check_states(states: Any, *, hidden_size: int, parts: TargetParts) -> None:
+    """Raises TargetError unless these are states [B, T, D], one for each token."""
+    if not isinstance(states, torch.Tensor) or states.dim() != 3 or states.shape[2] != hidden_size:
+        found = list(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
+        raise TargetError(
+            f"{type(parts.model).__name__}: its blocks give {found}, expected one state of {hidden_size} values for "
+            "each token, which is what drafts read; such a target cannot be cached"
+        )
+
+
+def _check_kept(missing: Sequence[str], parts: TargetParts) -> None:
+    """Raises TargetError where a block was passed over, as those that read images alone are."""
+    if missing:
+        raise TargetError(
+            f"{type(parts.model).__name__}: {', '.join(missing)} did not run on text, so there is no state to keep; "
+            "leave such layers out of cache.layers"
+        )
+
+
+@torch.inference_mode()
+def check_blocks(parts: TargetParts, *, layers: Sequence[int]) -> None:
+    """Run the stack of a target without weights, to see whether these blocks give states that can be kept.
+
+    Raises TargetError where they do not. A stack that does not run without numbers is judged when it has them.
+    """
+    hidden_size = parts.embed_tokens.weight.shape[1]
+    ids_1N = torch.zeros(1, TRIED_TOKENS, device="meta", dtype=torch.long)
+    states = {layer: torch.empty(TRIED_TOKENS, hidden_size, device="meta", dtype=parts.dtype) for layer in layers}
+    for mask in (torch.ones_like(ids_1N), None):  # each has stacks that look at numbers with it
+        try:
+            with keep_states(parts, states, last_ND=torch.empty_like(next(iter(states.values())))):
+                parts.decoder(input_ids=ids_1N, attention_mask=mask, use_cache=False)
+        except TargetError:
+            raise
+        except Exception as error:
+            logger.debug("%s does not run without weights: %s", type(parts.model).__name__, error)
+        else:
+            return
 
 
 def pad_batch(input_ids: Sequence[np.ndarray]) -> PaddedBatch:

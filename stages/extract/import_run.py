@@ -22,11 +22,13 @@ from stages.extract.run import (
     ExtractResult,
     Inputs,
     Settings,
+    build_skeleton,
     check_space,
     commit_shards,
     describe_inputs,
     make_price,
     read_plan,
+    start_counts,
     sum_up,
 )
 from stages.extract.samples import SampleCounts, plan_samples
@@ -54,7 +56,7 @@ def import_cache(
     # 1. What the source says it is, and the plan: the one on disk, if it is of the same source.
     inputs = _describe_source(settings, source)
     if check_target is not None:
-        check_target(inputs.config)
+        check_target(inputs.shape)
     device = choose_device(settings.extract.device)
     load = functools.cache(functools.partial(targets.load_target, inputs.folder, target=settings.target, device=device))
     plan = read_plan(settings.cache.folder)
@@ -113,12 +115,13 @@ def _write_plan(
     load: Load,
     show_price: Callable[[Price, SampleCounts], None] | None,
 ) -> CachePlan:
-    counts = SampleCounts()
+    counts = start_counts(inputs)
+    skeleton = build_skeleton(inputs, settings)
     first: list[PlannedSample] = []
 
     def write_target(destination: Path) -> None:
         # Called when every sample is counted. A source that fails the check leaves no plan, so it can be mended.
-        price = replace(make_price(inputs, settings, counts=counts), hours=0.0)
+        price = replace(make_price(inputs, settings, counts=counts, skeleton=skeleton), hours=0.0)
         if show_price is not None:
             show_price(price, counts)
         check_space(settings.cache.folder, needed=price.num_bytes + price.num_overhead_bytes)
@@ -131,6 +134,7 @@ def _write_plan(
         header=inputs.header,
         write_target=write_target,
         dropped=counts.all_reasons,
+        mask_token_id=lambda: inputs.mask_token.choose(counts.unseen_tokens),
     )
 
 

@@ -4,10 +4,12 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
+from stages.extract.target import TargetParts
+from stages.target_shape import parse_target_shape
 from storage import ENCODINGS, INNER_TOKENS, CacheHeader
 
 ASSUMED_UTILISATION = 0.4  # assumption: share of the device's matrix rate that a forward pass reaches
@@ -89,28 +91,18 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def count_forward_parameters(config: Any, *, trust_remote_code: bool) -> int:
-    """Parameters that a token passes through in the decoder stack, counted on a model without storage.
+def count_forward_parameters(parts: TargetParts) -> int:
+    """Parameters that a token passes through in the decoder stack; a model without storage will do.
 
     Embedding and head do not count (extraction runs neither as a matrix product). Of a mixture of experts, only the
     chosen share of the experts does.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    experts = next(
-        (
-            getattr(config, key)
-            for key in ("num_local_experts", "num_experts", "n_routed_experts")
-            if getattr(config, key, None)
-        ),
-        None,
-    )
-    skipped = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module}
+    shape = parse_target_shape(parts.model.config)
+    chosen, experts = shape.num_active_experts, shape.num_experts
+    skipped = {id(weight) for module in parts.decoder.modules() if isinstance(module, nn.Embedding)
+               for weight in module.parameters()}  # fmt: skip
     total = 0.0
-    for name, parameter in model.named_parameters():
+    for name, parameter in parts.decoder.named_parameters():
         if id(parameter) not in skipped:
             share = chosen / experts if chosen and experts and ".experts." in name else 1.0
             total += parameter.numel() * share

@@ -13,8 +13,11 @@ import torch
 import transformers
 
 from stages.device import choose_device
+from stages.extract import digests
 from stages.extract import target as targets
-from stages.extract.capture import Capture, pad_batch
+from stages.extract.capture import Capture, check_blocks, pad_batch
+from stages.extract.mask_token import MaskToken, find_mask_token
+from stages.extract.model_files import locate_target
 from stages.extract.on_policy import describe_regeneration
 from stages.extract.price import (
     Price,
@@ -27,13 +30,14 @@ from stages.extract.price import (
 )
 from stages.extract.rows import digest_files, expand_files, read_rows
 from stages.extract.samples import SampleCounts, plan_samples
-from stages.extract.self_check import check_batching, check_head
+from stages.extract.self_check import check_shortest
 from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
-from stages.extract.shards import ComputeStates, Progress, compute_shards
+from stages.extract.shards import CheckStates, ComputeStates, Progress, compute_shards
 from stages.extract.share import ALONE, Share
 from stages.extract.tokenize import SampleTokenizer
 from stages.rope import describe_rope, mixes_ropes
-from stages.target_config import check_layers, choose_max_length, default_layers, logit_transform
+from stages.target_config import check_layers, choose_max_length, default_layers
+from stages.target_shape import TargetShape, parse_target_shape
 from storage import (
     FORMAT_VERSION,
     CacheHeader,
@@ -48,7 +52,7 @@ from storage import (
 
 SPACE_MARGIN_BYTES = 64 << 20  # what must stay free beside the cache: logs, checkpoints, the file system's own needs
 
-CheckTarget = Callable[[Any], None]
+CheckTarget = Callable[[TargetShape], None]
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +77,9 @@ class Inputs:
 
     folder: Path
     config: Any
+    shape: TargetShape
     tokenizer: Any
+    mask_token: MaskToken
     files: tuple[str, ...]
     data: DataSection
     header: CacheHeader
@@ -99,23 +105,28 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     Raises TargetError, DataError or ValueError.
     """
     target, data = settings.target, settings.data
-    folder = targets.locate_target(target)
+    folder = locate_target(target)
     config = targets.load_config(folder, trust_remote_code=target.trust_remote_code)
+    shape = parse_target_shape(config)
     tokenizer = targets.load_tokenizer(folder, target=target, chat_template=data.chat_template)
-    num_layers = config.num_hidden_layers
-    layers = settings.cache.layers or default_layers(num_layers)
-    check_layers(layers, num_target_layers=num_layers, key="cache.layers")
-    max_length = choose_max_length(data.max_length, config)
+    layers = settings.cache.layers or default_layers(shape.num_layers)
+    check_layers(layers, num_target_layers=shape.num_layers, key="cache.layers")
+    max_length = choose_max_length(data.max_length, shape.max_positions)
     files = tuple(expand_files(data.files))
-    scale, softcap = logit_transform(config)
+    mask_token = find_mask_token(
+        tokenizer,
+        vocab_size=shape.vocab_size,
+        wanted=settings.mask_token_id,
+        eos_token_ids=targets.eos_token_ids(folder, config),
+    )
     identity = CacheIdentity(
         format_version=FORMAT_VERSION,
         max_samples=None,
         validation_digest=None,
-        target_config_digest=targets.digest_config(config),
-        target_weights_digest=targets.digest_weights(folder) if with_weights else "",
-        tokenizer_digest=targets.digest_tokenizer(tokenizer),
-        chat_template_digest=targets.digest_chat_template(tokenizer),
+        target_config_digest=digests.digest_config(config),
+        target_weights_digest=digests.digest_weights(folder) if with_weights else "",
+        tokenizer_digest=digests.digest_tokenizer(tokenizer),
+        chat_template_digest=digests.digest_chat_template(tokenizer),
         data_digest=digest_files(files),
         layers=layers,
         dtype=target.dtype,
@@ -123,12 +134,12 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     )
     header = CacheHeader(
         identity=identity,
-        hidden_size=config.hidden_size,
-        num_target_layers=num_layers,
-        vocab_size=config.vocab_size,
-        mask_token_id=targets.choose_mask_token(tokenizer, vocab_size=config.vocab_size, wanted=settings.mask_token_id),
-        logit_scale=scale,
-        logit_softcap=softcap,
+        hidden_size=shape.hidden_size,
+        num_target_layers=shape.num_layers,
+        vocab_size=shape.vocab_size,
+        mask_token_id=mask_token.token_id,
+        logit_scale=shape.logit_scale,
+        logit_softcap=shape.logit_softcap,
         provenance={
             "target": target.model,
             "revision": target.revision or "",
@@ -136,17 +147,26 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
             "host": platform.node(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            **_describe_rope(config, max_length=max_length),
+            **_describe_rope(shape, max_length=max_length),
             **describe_regeneration(files, identity=identity),
         },
     )
     data = data.model_copy(update={"max_length": max_length})
-    return Inputs(folder=folder, config=config, tokenizer=tokenizer, files=files, data=data, header=header)
+    return Inputs(
+        folder=folder,
+        config=config,
+        shape=shape,
+        tokenizer=tokenizer,
+        mask_token=mask_token,
+        files=files,
+        data=data,
+        header=header,
+    )
 
 
-def _describe_rope(config: Any, *, max_length: int) -> dict[str, str]:
+def _describe_rope(shape: TargetShape, *, max_length: int) -> dict[str, str]:
     """Which of its ropes a target computes, where it has several."""
-    rope = describe_rope(config, max_length=max_length)
+    rope = describe_rope(shape, max_length=max_length)
     return {"rope": rope} if rope else {}
 
 
@@ -154,7 +174,7 @@ def _check_rope(cached: CacheHeader, inputs: Inputs, *, where: Path) -> None:
     """Refuse to go on with a cache whose first shards were computed with whatever rope a batch asked for."""
     wanted = inputs.header.provenance.get("rope")
     if cached.provenance.get("rope") != wanted and mixes_ropes(
-        inputs.config, max_length=inputs.header.identity.max_length
+        inputs.shape, max_length=inputs.header.identity.max_length
     ):
         raise targets.TargetError(
             f"{where}: was begun by a version that let each batch choose the target's rope; expected {wanted}, for all "
@@ -190,6 +210,11 @@ def configured_identity(settings: Settings) -> dict[str, Any]:
     }
 
 
+def start_counts(inputs: Inputs) -> SampleCounts:
+    """Counts before the first row; they will say which of the mask token's candidates no sample contains."""
+    return SampleCounts(unseen_tokens=set(inputs.mask_token.candidates))
+
+
 def iterate_samples(inputs: Inputs, settings: Settings, *, counts: SampleCounts) -> Iterator[PlannedSample]:
     """The samples of the cache in source order; `counts` says afterwards what was left out and why."""
     eos = targets.eos_token_ids(inputs.folder, inputs.config)
@@ -207,17 +232,27 @@ def estimate(settings: Settings, *, check_target: CheckTarget | None = None) -> 
     """Tokenise everything and price the run; needs no weights and writes nothing. Arguments as in `extract`."""
     inputs = describe_inputs(settings, with_weights=False)
     if check_target is not None:
-        check_target(inputs.config)
-    counts = SampleCounts()
+        check_target(inputs.shape)
+    skeleton = build_skeleton(inputs, settings)
+    counts = start_counts(inputs)
     for _ in iterate_samples(inputs, settings, counts=counts):
         pass
-    return make_price(inputs, settings, counts=counts), counts
+    inputs.mask_token.choose(counts.unseen_tokens)
+    return make_price(inputs, settings, counts=counts, skeleton=skeleton), counts
 
 
-def make_price(inputs: Inputs, settings: Settings, *, counts: SampleCounts) -> Price:
+def build_skeleton(inputs: Inputs, settings: Settings) -> targets.TargetParts:
+    """The target without weights. Raises TargetError for one that cannot be loaded or cached."""
+    trust = settings.target.trust_remote_code
+    parts = targets.build_skeleton(inputs.folder, inputs.config, trust_remote_code=trust)
+    check_blocks(parts, layers=inputs.header.identity.layers)
+    return parts
+
+
+def make_price(inputs: Inputs, settings: Settings, *, counts: SampleCounts, skeleton: targets.TargetParts) -> Price:
     """Bytes and hours of the counted samples on this machine."""
     device = choose_device(settings.extract.device)
-    parameters = count_forward_parameters(inputs.config, trust_remote_code=settings.target.trust_remote_code)
+    parameters = count_forward_parameters(skeleton)
     hours = estimate_hours(
         num_parameters=parameters,
         num_tokens=counts.num_tokens,
@@ -263,7 +298,7 @@ def extract(
     device = choose_device(settings.extract.device)
     inputs = describe_inputs(settings)
     if check_target is not None:
-        check_target(inputs.config)
+        check_target(inputs.shape)
     load = loader(inputs, settings, device=device)
     plan = read_plan(folder) if share.plans else _await_plan(folder)
     if plan is None:
@@ -277,15 +312,15 @@ def extract(
     if missing:
         _check_rope(plan.header, inputs, where=folder)
         check_space(folder, needed=expected_bytes(plan.bytes_on_disk(missing), plan.header))
-        # 3. The target, checked on real samples before anything is computed.
+        # 3. The target.
         parts = load()
         capture = Capture(parts, layers=plan.header.identity.layers, dtype=plan.header.encoding.torch_dtype)
-        _self_check(capture, parts=parts, samples=plan.read_samples(missing[0]))
-        # 4. Shards, each committed whole.
+        # 4. Shards, each checked against the target alone and committed whole.
         computed = commit_shards(
             writer,
             missing,
             compute=lambda samples: capture.launch(pad_batch([sample.input_ids for sample in samples])),
+            check=functools.partial(check_shortest, parts=parts, header=plan.header),
             parts=parts,
             settings=settings,
         )
@@ -297,14 +332,17 @@ def commit_shards(
     missing: list[int],
     *,
     compute: ComputeStates,
+    check: CheckStates | None = None,
     parts: targets.TargetParts,
     settings: Settings,
 ) -> list[int]:
-    """Compute and commit shards, with a line for each; those that were not another process's."""
+    """Compute, check and commit shards, with a line for each; those that were not another process's."""
     progress = Progress(writer.plan, missing)
     computed = []
     head_VD = parts.lm_head.weight
-    for shard in compute_shards(writer, missing, compute=compute, head_VD=head_VD, extract=settings.extract):
+    for shard in compute_shards(
+        writer, missing, compute=compute, check=check, head_VD=head_VD, extract=settings.extract
+    ):
         computed.append(shard)
         logger.info("%s", progress.after_shard(shard))
     return computed
@@ -360,11 +398,12 @@ def _write_plan(
     load: Callable[[], targets.TargetParts],
     show_price: Callable[[Price, SampleCounts], None] | None,
 ) -> CachePlan:
-    counts = SampleCounts()
+    counts = start_counts(inputs)
+    skeleton = build_skeleton(inputs, settings)
 
     def write_target(destination: Path) -> None:
         # Called when every sample is counted: the price is shown and the disk checked before weights are loaded.
-        price = make_price(inputs, settings, counts=counts)
+        price = make_price(inputs, settings, counts=counts, skeleton=skeleton)
         if show_price is not None:
             show_price(price, counts)
         check_space(settings.cache.folder, needed=price.num_bytes + price.num_overhead_bytes)
@@ -376,11 +415,5 @@ def _write_plan(
         header=inputs.header,
         write_target=write_target,
         dropped=counts.all_reasons,
+        mask_token_id=lambda: inputs.mask_token.choose(counts.unseen_tokens),
     )
-
-
-def _self_check(capture: Capture, *, parts: targets.TargetParts, samples: list[PlannedSample]) -> None:
-    ids = [sample.input_ids for sample in samples]
-    check_head(capture, parts=parts, input_ids=ids[len(ids) // 2])
-    if len(ids) > 1:
-        check_batching(capture, input_ids=[ids[0], ids[-1]])  # longest and shortest: the most padding

@@ -30,6 +30,8 @@ class SampleCounts:
     bad: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    unseen_tokens: set[int] = field(default_factory=set)
+    """Of the ids that stand here at the start, those that no sample contains."""
 
     def record(self, kind: Counter[str], *, reason: str, row: Row) -> None:
         kind[reason] += 1
@@ -143,6 +145,8 @@ def plan_samples(
             counts.record(counts.dropped, reason=outcome.dropped, row=outcome.row)
         elif outcome.sample is not None:
             counts.num_samples += 1
+            if counts.unseen_tokens:
+                counts.unseen_tokens.difference_update(np.unique(outcome.sample.input_ids).tolist())
             counts.num_tokens += outcome.sample.num_tokens
             counts.num_supervised += outcome.sample.num_supervised
             yield outcome.sample

@@ -32,6 +32,7 @@ from storage import CacheBusyError, CachePlan, CacheWriter, PlannedSample, Shard
 MAX_BATCHES_ALIVE = 8
 
 ComputeStates = Callable[[list[PlannedSample]], CapturedBatch]
+CheckStates = Callable[[list[PlannedSample], CapturedBatch], None]
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +55,27 @@ class OpenShard:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Samples of a shard that share a forward pass; `is_last` of their shard."""
+    """Samples of a shard that share a forward pass; `is_first`, `is_last` of their shard."""
 
     shard: OpenShard
     samples: list[PlannedSample]
+    is_first: bool
     is_last: bool
 
 
 def compute_shards(
-    writer: CacheWriter, shards: list[int], *, compute: ComputeStates, head_VD: torch.Tensor, extract: ExtractSection
+    writer: CacheWriter,
+    shards: list[int],
+    *,
+    compute: ComputeStates,
+    check: CheckStates | None = None,
+    head_VD: torch.Tensor,
+    extract: ExtractSection,
 ) -> Iterator[int]:
     """Compute and commit these shards in this order, skipping those that another process holds; yield each committed.
 
-    `compute` gives the states of a batch; `head_VD` is the target's `lm_head`, for what a lossy encoding costs.
+    `compute` gives the states of a batch; `check` is shown those of each shard's first and last batch; `head_VD` is the
+    target's `lm_head`, for what a lossy encoding costs.
     Raises QuarantineError once the cache excludes too many samples, whichever run excluded them.
     """
     plan = writer.plan
@@ -75,7 +84,7 @@ def compute_shards(
     stopped = threading.Event()
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="encode"))
-        steps = _Steps(writer, compute=compute, head_VD=head_VD, extract=extract, pool=pool)
+        steps = _Steps(writer, compute=compute, check=check, head_VD=head_VD, extract=extract, pool=pool)
         steps.check_quarantine()
         stack.callback(steps.discard)  # whatever is open when an error comes
         prepared = stack.enter_context(ahead(steps.prepare(shards), max_alive=max_alive, stopped=stopped))
@@ -94,6 +103,7 @@ class _Steps:
         writer: CacheWriter,
         *,
         compute: ComputeStates,
+        check: CheckStates | None,
         head_VD: torch.Tensor,
         extract: ExtractSection,
         pool: Executor,
@@ -101,6 +111,7 @@ class _Steps:
         self._writer = writer
         self._plan = writer.plan
         self._compute = compute
+        self._check = check
         self._head_VD = head_VD
         self._extract = extract
         self._pool = pool
@@ -119,11 +130,19 @@ class _Steps:
             shard = self._open[number] = OpenShard(number, shard_writer, samples, measured)
             batches = plan_batches([sample.num_tokens for sample in samples], self._extract.max_batch_tokens)
             for rows in batches:
-                yield Batch(shard=shard, samples=samples[rows.start : rows.stop], is_last=rows is batches[-1])
+                yield Batch(
+                    shard=shard,
+                    samples=samples[rows.start : rows.stop],
+                    is_first=rows is batches[0],
+                    is_last=rows is batches[-1],
+                )
 
     def compute(self, batches: Iterator[Batch]) -> Generator[tuple[Batch, CapturedBatch], None, None]:
         for batch in batches:
-            yield batch, self._compute(batch.samples)
+            states = self._compute(batch.samples)
+            if self._check is not None and (batch.is_first or batch.is_last):
+                self._check(batch.samples, states.wait())
+            yield batch, states
 
     def write(self, captured: Iterator[tuple[Batch, CapturedBatch]]) -> Generator[OpenShard, None, None]:
         for batch, states in captured:

@@ -11,7 +11,8 @@ from transformers import PretrainedConfig, Qwen3Config
 
 from stages.errors import SettingError
 from stages.rope import draft_rope
-from stages.target_config import check_layers, default_layers, logit_transform
+from stages.target_config import check_layers, default_layers
+from stages.target_shape import TargetShape, parse_target_shape
 
 MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
 
@@ -24,7 +25,7 @@ def default_target_layer_ids(num_target_layers: int) -> list[int]:
 
 
 def build_draft_config(  # noqa: PLR0913 (one argument a field of the draft)
-    target_config: PretrainedConfig,
+    target_config: PretrainedConfig | TargetShape,
     *,
     mask_token_id: int,
     num_draft_layers: int = 5,
@@ -38,7 +39,7 @@ def build_draft_config(  # noqa: PLR0913 (one argument a field of the draft)
     intermediate_size: int | None = None,
     max_length: int | None = None,
 ) -> Qwen3Config:
-    """A draft config for any decoder target; a nested one (`text_config`) is opened.
+    """A draft config for any decoder target, by its shape or by its own config; a nested one (`text_config`) is opened.
 
     Dimensions, head size, rope, norm epsilon and vocabulary are the target's; logit scale and soft-cap too, where it
     has them. A rope that depends on the length of a text becomes that of `max_length` tokens, the longest text that
@@ -47,8 +48,8 @@ def build_draft_config(  # noqa: PLR0913 (one argument a field of the draft)
 
     Raises SettingError, naming the value, for settings that no draft of this target can have.
     """
-    target = target_config.get_text_config(decoder=True)
-    num_target_layers, vocab_size = int(target.num_hidden_layers), int(target.vocab_size)
+    target = target_config if isinstance(target_config, TargetShape) else parse_target_shape(target_config)
+    num_target_layers, vocab_size = target.num_layers, target.vocab_size
     layer_ids = tuple(default_target_layer_ids(num_target_layers) if target_layer_ids is None else target_layer_ids)
     check_layers(layer_ids, num_target_layers=num_target_layers, key="target_layer_ids")
     _check_at_least(1, num_draft_layers=num_draft_layers, block_size=block_size, num_anchors=num_anchors)
@@ -88,54 +89,49 @@ def build_draft_config(  # noqa: PLR0913 (one argument a field of the draft)
     )
 
 
-def _target_dimensions(
-    target: PretrainedConfig, *, intermediate_size: int | None, max_length: int | None
-) -> dict[str, Any]:
-    hidden_size, num_heads = int(target.hidden_size), int(target.num_attention_heads)
-    head_dim = getattr(target, "head_dim", None) or hidden_size // num_heads
-    if head_dim % 2:
+def _target_dimensions(target: TargetShape, *, intermediate_size: int | None, max_length: int | None) -> dict[str, Any]:
+    if target.head_dim % 2:
         raise SettingError(
-            f"head_dim: expected an even number, since rope rotates pairs, got {head_dim} from the target"
+            f"head_dim: expected an even number, since rope rotates pairs, got {target.head_dim} from the target"
         )
-    width = getattr(target, "intermediate_size", None) if intermediate_size is None else intermediate_size
-    if not isinstance(width, int) or width < 1:
+    width = target.intermediate_size if intermediate_size is None else intermediate_size
+    if width is None or width < 1:
         raise SettingError(
             f"intermediate_size: expected a positive number, got {width!r}"
             + (" from the target; set draft.intermediate_size" if intermediate_size is None else "")
         )
-    dtype = getattr(target, "dtype", None)
-    max_positions = int(getattr(target, "max_position_embeddings", None) or 32768)
+    dtype = getattr(torch, target.dtype or "bfloat16", None)
+    max_positions = target.max_positions or 32768
     return {
-        "vocab_size": int(target.vocab_size),
-        "hidden_size": hidden_size,
+        "vocab_size": target.vocab_size,
+        "hidden_size": target.hidden_size,
         "intermediate_size": width,
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": int(getattr(target, "num_key_value_heads", None) or num_heads),
-        "head_dim": int(head_dim),
+        "num_attention_heads": target.num_heads,
+        "num_key_value_heads": target.num_kv_heads,
+        "head_dim": target.head_dim,
         "hidden_act": "silu",  # Qwen3's; servers accept no other
         "max_position_embeddings": max_positions,
-        "initializer_range": float(getattr(target, "initializer_range", None) or 0.02),
-        "rms_norm_eps": float(getattr(target, "rms_norm_eps", None) or 1e-6),
+        "initializer_range": target.initializer_range or 0.02,
+        "rms_norm_eps": target.rms_norm_eps or 1e-6,
         "rope_parameters": draft_rope(
-            _target_rope(target), head_dim=int(head_dim), max_positions=max_positions, max_length=max_length
+            _target_rope(target), head_dim=target.head_dim, max_positions=max_positions, max_length=max_length
         ),
         "dtype": dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
-        "bos_token_id": getattr(target, "bos_token_id", None),
-        "eos_token_id": getattr(target, "eos_token_id", None),
-        "pad_token_id": getattr(target, "pad_token_id", None),
+        "bos_token_id": target.bos_token_id,
+        "eos_token_id": list(target.eos_token_id) if isinstance(target.eos_token_id, tuple) else target.eos_token_id,
+        "pad_token_id": target.pad_token_id,
     }
 
 
-def _target_rope(target: PretrainedConfig) -> dict[str, Any]:
+def _target_rope(target: TargetShape) -> dict[str, Any]:
     """The target's rope; of a target with one for each layer type, that of full attention."""
-    rope = dict(getattr(target, "rope_parameters", None) or {})
-    return dict(rope["full_attention"]) if isinstance(rope.get("full_attention"), dict) else rope
+    rope = target.rope_parameters
+    return rope["full_attention"] if isinstance(rope.get("full_attention"), dict) else rope
 
 
-def _logit_fields(target: PretrainedConfig) -> dict[str, float]:
+def _logit_fields(target: TargetShape) -> dict[str, float]:
     """The target's logit scale and soft-cap as fields of the draft's config, where it has them."""
-    scale, softcap = logit_transform(target)
-    fields = {"logit_scale": scale, "final_logit_softcapping": softcap}
+    fields = {"logit_scale": target.logit_scale, "final_logit_softcapping": target.logit_softcap}
     return {name: value for name, value in fields.items() if value is not None}
 
 

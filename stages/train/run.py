@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, Qwen3Config
+from transformers import Qwen3Config
 
 from stages.errors import SettingError
 from stages.rope import mixes_ropes
 from stages.target_head import is_stored_once, read_head
+from stages.target_shape import TargetShape, read_target_shape
 from stages.train.checkpoint import (
     CheckpointError,
     TrainerState,
@@ -30,6 +31,7 @@ from stages.train.config import build_draft_config
 from stages.train.feed import BatchFeed
 from stages.train.interrupt import StopRequest
 from stages.train.loop import Stepper, run_steps
+from stages.train.mask_token import choose_mask_token
 from stages.train.meaning import differences
 from stages.train.memory import check_memory, estimate_memory, free_memory, largest_batch
 from stages.train.metrics import MetricsLog
@@ -75,17 +77,14 @@ def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
     """
 
     target_dir = reader.check_target("config.json", "head.safetensors")
-    try:
-        target_config = AutoConfig.from_pretrained(target_dir)
-    except (OSError, ValueError) as error:
-        raise SettingError(f"{target_dir}/config.json: this version of transformers cannot read it: {error}") from error
-    _warn_of_mixed_ropes(reader, target_config)
+    shape = _read_shape(target_dir, reader)
+    _warn_of_mixed_ropes(reader, shape)
     return build_draft_config(
-        target_config,
+        shape,
         num_draft_layers=draft.num_layers,
         block_size=draft.block_size,
         target_layer_ids=reader.layers,
-        mask_token_id=_choose_mask_token(draft, reader),
+        mask_token_id=choose_mask_token(draft.mask_token_id, reader),
         num_anchors=draft.num_anchors,
         markov_rank=draft.markov_rank,
         markov_head_type=draft.markov_head_type,
@@ -96,26 +95,31 @@ def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
     )
 
 
-def _warn_of_mixed_ropes(reader: CacheReader, target_config: PretrainedConfig) -> None:
+def _read_shape(target_dir: Path, reader: CacheReader) -> TargetShape:
+    """The target's shape. Raises SettingError where it is not that of the states in the cache."""
+    shape, header = read_target_shape(target_dir), reader.manifest.header
+    for name, expected in (
+        ("hidden_size", header.hidden_size),
+        ("num_layers", header.num_target_layers),
+        ("vocab_size", header.vocab_size),
+    ):
+        if getattr(shape, name) != expected:
+            raise SettingError(
+                f"{target_dir}: {name} is {getattr(shape, name)}, but the cache holds states of a target with "
+                f"{expected}; the folder was changed by hand: fetch the cache again"
+            )
+    return shape
+
+
+def _warn_of_mixed_ropes(reader: CacheReader, shape: TargetShape) -> None:
     """Caches made before the target's rope was held to one set of frequencies do not name it."""
-    text_config = target_config.get_text_config(decoder=True)
     is_named = "rope" in reader.manifest.header.provenance or reader.identity.imported_from is not None
-    if not is_named and mixes_ropes(text_config, max_length=reader.identity.max_length):
+    if not is_named and mixes_ropes(shape, max_length=reader.identity.max_length):
         logger.warning(
             "%s: an earlier version made it, which let each batch choose the target's rope: its states may depend on "
             "what was computed beside them; extract it anew",
             reader.path,
         )
-
-
-def _choose_mask_token(draft: DraftSection, reader: CacheReader) -> int:
-    cached = reader.manifest.header.mask_token_id
-    chosen = cached if draft.mask_token_id is None else draft.mask_token_id
-    if chosen is None:
-        raise SettingError(
-            "draft.mask_token_id: the cache's target has no mask token; name an id that no conversation contains"
-        )
-    return chosen
 
 
 def build_draft(
