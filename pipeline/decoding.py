@@ -164,8 +164,7 @@ def _prepare(
 ) -> _Decoder:
     """Load the target beside the draft."""
     parts = _load_target(config, model=model, draft_dir=draft_dir, max_length=max_length)
-    text_config = parts.model.config.get_text_config(decoder=True)
-    stop_ids = eos_token_ids(locate_target(config.target), text_config)
+    stop_ids = eos_token_ids(locate_target(config.target), parts.model.config)
     return _Decoder(
         parts=parts,
         target=CachedTarget(parts, layers=model.config.target_layer_ids),

@@ -22,6 +22,7 @@ from pipeline import stage_one
 from stages.extract.capture import Capture
 from stages.extract.target import TargetError, find_parts
 from stages.rope import describe_rope, mixes_ropes, pin_rope
+from stages.target_shape import parse_target_shape
 from storage import CachePlan, CacheReader
 from tiny_target import SHAPE, make_config, save_tiny_target
 
@@ -111,20 +112,26 @@ def test_a_text_as_long_as_the_longest_is_as_transformers_has_it(name: str) -> N
 
 def test_which_rope_is_said() -> None:
     phi = Phi3Config(**PHI3, rope_parameters=dict(LONGROPE))
-    assert describe_rope(phi, max_length=16) == "longrope with its short factors (max_length 16, original positions 16)"
-    assert describe_rope(phi, max_length=17) == "longrope with its long factors (max_length 17, original positions 16)"
-    assert not mixes_ropes(phi, max_length=16)
-    assert mixes_ropes(phi, max_length=17)
+    assert (
+        describe_rope(parse_target_shape(phi), max_length=16)
+        == "longrope with its short factors (max_length 16, original positions 16)"
+    )
+    assert (
+        describe_rope(parse_target_shape(phi), max_length=17)
+        == "longrope with its long factors (max_length 17, original positions 16)"
+    )
+    assert not mixes_ropes(parse_target_shape(phi), max_length=16)
+    assert mixes_ropes(parse_target_shape(phi), max_length=17)
     for name in ("default", "yarn", "llama3", "linear"):
-        assert not describe_rope(make_target(name).config, max_length=64)
-        assert not mixes_ropes(make_target(name).config, max_length=64)
+        assert not describe_rope(parse_target_shape(make_target(name).config), max_length=64)
+        assert not mixes_ropes(parse_target_shape(make_target(name).config), max_length=64)
     dynamic = make_target("dynamic").config
-    assert describe_rope(dynamic, max_length=64) == "dynamic as for 64 tokens"
-    assert not mixes_ropes(dynamic, max_length=64)
+    assert describe_rope(parse_target_shape(dynamic), max_length=64) == "dynamic as for 64 tokens"
+    assert not mixes_ropes(parse_target_shape(dynamic), max_length=64)
     fixed = HunYuanDenseV1Config(
         rope_parameters={"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4}
     )
-    assert not describe_rope(fixed, max_length=64)
+    assert not describe_rope(parse_target_shape(fixed), max_length=64)
 
 
 @pytest.fixture(scope="module")

@@ -303,7 +303,7 @@ def extract(
     inputs = describe_inputs(settings)
     if check_target is not None:
         check_target(inputs.shape)
-    load = functools.cache(functools.partial(targets.load_target, inputs.folder, target=settings.target, device=device))
+    load = loader(inputs, settings, device=device)
     plan = read_plan(folder) if share.plans else _await_plan(folder)
     if plan is None:
         plan = _write_plan(inputs, settings, load=load, show_price=show_price)

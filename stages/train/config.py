@@ -125,8 +125,8 @@ def _target_dimensions(target: TargetShape, *, intermediate_size: int | None, ma
 
 def _target_rope(target: TargetShape) -> dict[str, Any]:
     """The target's rope; of a target with one for each layer type, that of full attention."""
-    rope = dict(target.rope_parameters)
-    return dict(rope["full_attention"]) if isinstance(rope.get("full_attention"), dict) else rope
+    rope = target.rope_parameters
+    return rope["full_attention"] if isinstance(rope.get("full_attention"), dict) else rope
 
 
 def _logit_fields(target: TargetShape) -> dict[str, float]:
