@@ -1,4 +1,4 @@
-"""Targets whose classes are Python of their repository: cached with the user's leave, trained from without running it."""
+"""Targets whose classes are Python of their repository: cached with the user's leave, trained from without it."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 CONFIG_CODE = """
 import os
 from transformers import Qwen3Config
-open(os.environ.get("RAN", "/dev/null"), "a").write("ran")
+os.close(os.open(os.environ.get("RAN", os.devnull), os.O_CREAT | os.O_WRONLY))
 class MyConfig(Qwen3Config):
     model_type = "mynew"
 """
@@ -32,6 +32,13 @@ class MyForCausalLM(Qwen3ForCausalLM):
     config_class = MyConfig
 """
 AUTO_MAP = {"AutoConfig": "configuration_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyForCausalLM"}
+
+
+@pytest.fixture(autouse=True)
+def _own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers copies such code into a folder of the user's, and imports it from there."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
 
 
 def make_remote(folder: Path) -> Config:
@@ -56,7 +63,7 @@ def test_a_cache_of_a_target_with_code_is_trained_from_without_it(tmp_path: Path
 def test_without_leave_it_is_refused_in_a_line(tmp_path: Path) -> None:
     config = make_remote(tmp_path)
     distrusting = config.model_copy(update={"target": config.target.model_copy(update={"trust_remote_code": False})})
-    with pytest.raises(TargetError, match="trust_remote_code") as caught:
+    with pytest.raises(TargetError, match=r"set target\.trust_remote_code = true") as caught:
         estimate(settings_of(distrusting))
     assert "\n" not in str(caught.value)
 

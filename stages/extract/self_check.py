@@ -17,9 +17,9 @@ from stages.extract.target import TargetParts
 from storage import CacheHeader, PlannedSample
 
 MAX_CHECKED_TOKENS = 256  # of a document: under 2 % of a shard's tokens, whatever its length
-# Root mean square over tokens of ‖captured - own‖₂ / ‖own‖₂. Measured: what the shape of a batch rounds is at most 2e-6,
-# 2e-4 and 2e-3 on the embedded target and seven tiny ones; all rounding of targets of 24 to 64 layers is 4e-3 in float16
-# and 0.03 in bfloat16. The next block's states, other positions, a neighbour's recurrent state give 0.12 to 1.6.
+# Root mean square over tokens of ‖captured - own‖₂ / ‖own‖₂. Measured on the embedded target and seven tiny ones: what
+# the shape of a batch rounds is at most 2e-6, 2e-4 and 2e-3; all rounding of targets of 24 to 64 layers is 4e-3 in
+# float16 and 0.03 in bfloat16. The next block's states, other positions, a neighbour's recurrent state: 0.12 to 1.6.
 MAX_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 

@@ -40,6 +40,14 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
     """The target's transformers config, whole. Raises TargetError."""
     from transformers import AutoConfig
 
+    if not trust_remote_code and "auto_map" in (fields := read_json(folder / "config.json")):
+        from transformers import CONFIG_MAPPING
+
+        if fields.get("model_type") not in CONFIG_MAPPING:
+            raise TargetError(
+                f"{folder}/config.json: the model is Python code of its own repository; read that code, and if you "
+                "trust it, set target.trust_remote_code = true"
+            )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # validators of configs raise families of their own
