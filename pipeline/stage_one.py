@@ -1,5 +1,6 @@
 """Stage one as the command line runs it: config sections to `stages.extract`'s settings."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,15 +8,18 @@ from pathlib import Path
 import torch
 
 from pipeline.config import Config
+from pipeline.regeneration_price import RegenerationPrice, price_regeneration
 from stages.errors import SettingError
 from stages.extract import import_run, run
 from stages.extract.peer_caches import DeepSpecCache, PeerCache, SpeculatorsCache
 from stages.extract.price import Price
-from stages.extract.samples import SampleCounts
+from stages.extract.samples import PromptsOnlyError, SampleCounts
 from stages.extract.share import ALONE, Share
 from stages.target_config import choose_max_length
 from stages.target_shape import TargetShape
 from stages.train import Qwen3DSparkModel, build_draft_config
+
+logger = logging.getLogger(__name__)
 
 
 def settings_of(config: Config) -> run.Settings:
@@ -58,9 +62,13 @@ def check_draft(config: Config, target: TargetShape) -> None:
         ) from error
 
 
-def estimate(config: Config) -> tuple[Price, SampleCounts]:
-    """Price the extraction; nothing is written and no weights are read."""
-    return run.estimate(settings_of(config), check_target=partial(check_draft, config))
+def estimate(config: Config) -> tuple[Price, SampleCounts] | RegenerationPrice:
+    """Price the extraction, or, where no row has an answer, the answers; nothing is written, no weights are read."""
+    try:
+        return run.estimate(settings_of(config), check_target=partial(check_draft, config))
+    except PromptsOnlyError as error:
+        logger.warning("%s", error)
+        return price_regeneration(config)
 
 
 def extract(

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Qwen3Config
+from transformers import PretrainedConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stages.errors import SettingError
@@ -49,7 +49,7 @@ def takes_long_factors(rope: dict[str, Any], max_length: int) -> bool:
 def describe_rope(target: TargetShape, *, max_length: int) -> str:
     """Which frequencies a target whose rope depends on the length is held to; "" for any other target."""
     parts = []
-    for rope in _ropes(target.rope_parameters):
+    for rope in _ropes(target):
         kind = rope.get("rope_type")
         if not depends_on_length(kind) or rope.get("alpha"):
             continue
@@ -67,7 +67,7 @@ def mixes_ropes(target: TargetShape, *, max_length: int) -> bool:
     own = target.max_positions or max_length
     return any(
         takes_long_factors(rope, max_length) if rope.get("rope_type") == "longrope" else max_length > own
-        for rope in _ropes(target.rope_parameters)
+        for rope in _ropes(target)
         if depends_on_length(rope.get("rope_type")) and not rope.get("alpha")
     )
 
@@ -100,9 +100,7 @@ def _looks_at_length(module: nn.Module) -> bool:
     if kinds is None and "Rotary" in type(module).__name__:
         if "position_ids" not in inspect.signature(module.forward).parameters:
             return False
-        kinds = [
-            rope.get("rope_type") for rope in _ropes(getattr(getattr(module, "config", None), "rope_parameters", None))
-        ]
+        kinds = [rope.get("rope_type") for rope in _ropes(getattr(module, "config", None))]
     elif isinstance(kinds, dict):
         kinds = kinds.values()
     else:
@@ -220,8 +218,8 @@ def _explicit(theta: float, factors: list[float], *, original: int, attention: f
     return rope
 
 
-def _ropes(rope: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+def _ropes(config: PretrainedConfig | TargetShape | None) -> Iterator[dict[str, Any]]:
     """The target's ropes: one, or one for each layer type."""
-    rope = rope or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     nested = [part for part in rope.values() if isinstance(part, dict)]
     yield from nested or [rope]

@@ -75,10 +75,10 @@ def plan_draft(draft: DraftSection, reader: CacheReader) -> Qwen3Config:
     """
 
     target_dir = reader.check_target("config.json", "head.safetensors")
-    shape = _read_shape(target_dir, reader)
-    _warn_of_mixed_ropes(reader, shape)
+    target = _read_shape(target_dir, reader)
+    _warn_of_mixed_ropes(reader, target)
     return build_draft_config(
-        shape,
+        target,
         num_draft_layers=draft.num_layers,
         block_size=draft.block_size,
         target_layer_ids=reader.layers,
@@ -109,10 +109,10 @@ def _read_shape(target_dir: Path, reader: CacheReader) -> TargetShape:
     return shape
 
 
-def _warn_of_mixed_ropes(reader: CacheReader, shape: TargetShape) -> None:
+def _warn_of_mixed_ropes(reader: CacheReader, target: TargetShape) -> None:
     """Caches made before the target's rope was held to one set of frequencies do not name it."""
     is_named = "rope" in reader.manifest.header.provenance or reader.identity.imported_from is not None
-    if not is_named and mixes_ropes(shape, max_length=reader.identity.max_length):
+    if not is_named and mixes_ropes(target, max_length=reader.identity.max_length):
         logger.warning(
             "%s: an earlier version made it, which let each batch choose the target's rope: its states may depend on "
             "what was computed beside them; extract it anew",
