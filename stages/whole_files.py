@@ -1,14 +1,19 @@
 """Small files that are replaced whole or not at all."""
 
 import os
-import uuid
 from pathlib import Path
+
+from storage.temps import remove_stale_temps, temp_path
 
 
 def write_whole(file: Path, data: str | bytes) -> None:
-    """Write text as UTF-8, or bytes; a crash leaves the old file or the new one. Raises OSError."""
-    temp = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat in containers
+    """Write text as UTF-8, or bytes; a crash leaves the old file or the new one. Raises OSError.
+
+    What a killed writer left beside the file is removed.
+    """
+    temp = temp_path(file)
     try:
+        remove_stale_temps([file.parent])
         with temp.open("wb") as stream:
             stream.write(data.encode("utf-8") if isinstance(data, str) else data)
             stream.flush()

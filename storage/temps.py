@@ -43,6 +43,11 @@ def remove_stale_temps(directories: Iterable[Path]) -> list[Path]:
     return removed
 
 
+def is_running(pid: int) -> bool:
+    """Whether this machine has a process of that id."""
+    return _process_start(pid) is not None
+
+
 def remove_tree(path: Path) -> None:
     """Remove a file or a directory, whether or not somebody else is removing it too."""
     if path.is_dir() and not path.is_symlink():

@@ -143,7 +143,7 @@ def draft_block(served: Served, tokens: list[int], target_states: dict[int, Tens
     previous, state = tokens[-1], torch.zeros(fields["markov_rank"])
     for slot in range(size):
         bias, embedded, state = _markov(served, h_KD[slot], previous, state)
-        logits.append(base_KV[slot] + bias)
+        logits.append((fields.get("logit_scale") or 1.0) * (base_KV[slot] + bias))  # as vLLM scales, bias and all
         if fields["enable_confidence_head"]:
             seen = [h_KD[slot], embedded] if fields["confidence_head_with_markov"] else [h_KD[slot]]
             confidences.append(

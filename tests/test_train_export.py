@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from draft_reference import HIDDEN, MASK_ID, tiny_config, tiny_model, tiny_target_config
+from draft_reference import HIDDEN, MASK_ID, VOCAB, tiny_config, tiny_model, tiny_target_config
 from full_disk import limited_file_size
 from served_draft import SHARED, Block, ServerError, draft_block, load_served
 from stages.errors import SettingError
@@ -118,6 +118,73 @@ def test_a_server_drafts_what_the_draft_does(
     if not shared:
         with pytest.raises(ServerError, match="embed_tokens"):
             load_served(folder)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_draft_without_a_markov_head_is_written_with_one_that_adds_nothing(form: Form, tmp_path: Path) -> None:
+    """vLLM and SGLang load no other; rank 1 costs two numbers a token of the vocabulary."""
+    model = tiny_model(tiny_config(markov_rank=0))
+    folder = export(model, tmp_path / "out", form=form)
+    fields, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    assert (fields["markov_rank"], fields["markov_head_type"], fields["confidence_head_with_markov"]) == (
+        1,
+        "vanilla",
+        False,
+    )
+    for name in ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight"):
+        assert torch.equal(weights[name], torch.zeros(VOCAB, 1))
+    block = draft_block(load_served(folder), TOKENS, target_states())
+    torch.testing.assert_close(block.logits, own_block(model).logits, rtol=1e-4, atol=1e-4)
+    if form == "dspark":
+        back = own_block(read_draft(folder))
+        assert torch.equal(back.logits, own_block(model).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "no Markov head"])
+@pytest.mark.parametrize("scale", [0.25, 16.0])
+def test_a_server_that_scales_the_bias_too_drafts_what_was_trained(
+    scale: float, head: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Trained: scale * head + bias. vLLM computes scale * (head + bias), with the bias of the file."""
+    target = tiny_target_config(logit_scale=scale)
+    settings: dict[str, Any] = {"mask_token_id": MASK_ID, "num_draft_layers": 2, "block_size": 3, "markov_rank": 5}
+    config = build_draft_config(target, **{**settings, "target_layer_ids": [0, 3], **HEADS[head]})
+    model = tiny_model(config)
+    folder = export(model, tmp_path / "out", form="dspark", dtype=dtype)
+    expected = own_block(rounded(tiny_model(config), dtype))
+    block = draft_block(load_served(folder), TOKENS, target_states())
+    assert block.tokens == expected.tokens
+    torch.testing.assert_close(block.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    back = read_draft(folder)  # here it is again as it was trained, and exported once more the same file
+    torch.testing.assert_close(own_block(back).logits, expected.logits, rtol=1e-4, atol=1e-4)
+    again = export(back, tmp_path / "again", form="dspark", dtype=dtype)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (again / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_a_soft_capped_bias_is_left_as_it_was_trained(tmp_path: Path) -> None:
+    """It is added after the cap; no number in the file makes a server do that."""
+    target = tiny_target_config(logit_scale=0.25, final_logit_softcapping=30.0)
+    config = build_draft_config(target, mask_token_id=MASK_ID, target_layer_ids=[0, 3], markov_rank=5)
+    model = tiny_model(config)
+    folder = export(model, tmp_path / "out", form="dspark")
+    name = "markov_head.markov_w2.weight"
+    assert torch.equal(load_file(folder / "model.safetensors")[name], model.state_dict()[name])
+    assert torch.equal(read_draft(folder).state_dict()[name], model.state_dict()[name])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_tied_draft_is_exported_with_one_tensor_for_both(shared: bool, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.load_target_head(model.embed_tokens.weight)
+    folder = export(model, tmp_path / "out", form="dspark", shared=shared)
+    stored = {"embed_tokens.weight"} if shared else set()
+    assert set(load_file(folder / "model.safetensors")) & set(SHARED) == stored
+    block = draft_block(load_served(folder, target=shared_tensors(model)), TOKENS, target_states())
+    torch.testing.assert_close(block.logits, own_block(model).logits, rtol=1e-4, atol=1e-4)
+    if shared:
+        torch.testing.assert_close(own_block(read_draft(folder)).logits, own_block(model).logits)
 
 
 @pytest.mark.parametrize("shared", [True, False])

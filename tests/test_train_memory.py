@@ -48,7 +48,10 @@ def test_the_certain_parts_are_what_the_tensors_take(cached: Path, trained: Path
     estimate = estimate_memory(draft, shape, dtype="float32", device=CPU)
     checkpoint = trained / "checkpoints" / "step_00000008"
     model, stored = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "optimizer"))
-    assert estimate.weights == sum(tensor.nbytes for tensor in model.values())
+    frozen = 2 * 4096 * 32 * 4  # embedding and head in float32, which no checkpoint has
+    assert estimate.weights == sum(tensor.nbytes for tensor in model.values()) + frozen
+    tied = estimate_memory(draft, shape, dtype="float32", device=CPU, is_tied=True)
+    assert estimate.weights - tied.weights == frozen // 2
     assert estimate.adamw == sum(tensor.nbytes for name, tensor in stored.items() if "exp_avg" in name)
     assert estimate.gradients == estimate.adamw // 2
     halved = estimate_memory(draft, shape, dtype="float32", device=CPU, num_shards=2, recomputes=True)

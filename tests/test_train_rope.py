@@ -140,7 +140,9 @@ def test_the_first_token_as_the_only_anchor_has_no_context() -> None:
 @pytest.mark.parametrize("max_model_len", [12, 64])
 def test_servers_read_the_frequencies_that_were_trained(name: str, max_model_len: int) -> None:
     model = build(KINDS[name])
-    frequencies, attention = read_as_server(config_fields(model.config), max_model_len=max_model_len)
+    frequencies, attention = read_as_server(
+        config_fields(model.config, dtype=torch.float32), max_model_len=max_model_len
+    )
     np.testing.assert_allclose(model.rotary_emb.inv_freq.double(), frequencies, rtol=1e-5)
     assert model.rotary_emb.attention_scaling == pytest.approx(attention)
     cos, _ = model.rotary_emb(torch.zeros(1), torch.tensor([[5]]))
@@ -166,7 +168,9 @@ def test_the_attention_factor_is_the_targets_own(rope: dict[str, Any], expected:
     model = build(rope)
     assert model.rotary_emb.attention_scaling == pytest.approx(expected)
     for max_model_len in (12, 64):
-        assert read_as_server(config_fields(model.config), max_model_len=max_model_len)[1] == pytest.approx(expected)
+        assert read_as_server(config_fields(model.config, dtype=torch.float32), max_model_len=max_model_len)[
+            1
+        ] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("max_length", "factors"), [(12, SHORT), (16, SHORT), (17, LONG), (64, LONG), (None, LONG)])
@@ -232,7 +236,7 @@ def test_a_draft_of_two_sets_is_written_with_the_one_that_it_computes() -> None:
     config = tiny_config()
     config.rope_parameters = dict(LONGROPE)
     model = tiny_model(config)
-    rope = config_fields(model.config)["rope_parameters"]
+    rope = config_fields(model.config, dtype=torch.float32)["rope_parameters"]
     assert rope["short_factor"] == rope["long_factor"] == LONG
     config = tiny_config()
     config.rope_parameters = {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0, "rope_theta": THETA}

@@ -40,7 +40,9 @@ def test_a_draft_starts_with_the_weights_of_another(cached: Path, trained: Path,
     reader = open_cache(config, layers=None)
     model = build_draft(config.draft, reader, seed=5)
     wanted = {name: tensor.float() for name, tensor in load_file(trained / source / "model.safetensors").items()}
-    assert_equal_tensors(dict(model.state_dict()), wanted)
+    head = load_file(reader.target_dir / "head.safetensors")
+    frozen = {name: head[name].float() for name in ("embed_tokens.weight", "lm_head.weight")}
+    assert_equal_tensors(dict(model.state_dict()), {**wanted, **frozen})
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == [
         "embed_tokens.weight",
         "lm_head.weight",

@@ -19,7 +19,7 @@ from stages.errors import SettingError
 from stages.evaluate.evaluation import Evaluation, read_evaluation
 from stages.evaluate.records import EvaluationError
 from stages.extract.run import read_plan
-from stages.train.draft_folder import TARGET_TENSORS
+from stages.target_head import TARGET_TENSORS
 from stages.train.metrics import read_metrics
 from storage import CacheError
 

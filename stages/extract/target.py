@@ -16,6 +16,7 @@ from stages.extract.settings import TargetSection
 from stages.extract.weights_check import check_files, check_loaded
 from stages.rope import pin_rope
 from stages.target_config import open_text_config, read_field
+from stages.target_head import join_head
 from stages.target_shape import SHAPE_FILE, parse_target_shape
 from storage import CacheWriteError
 
@@ -230,7 +231,10 @@ def find_parts(model: Any) -> TargetParts:
 
 
 def write_target(destination: Path, *, folder: Path, parts: TargetParts, tokenizer: Any) -> None:
-    """Fill the cache's `target/`: shape, config, tokenizer, and head.safetensors (embedding, head, final norm)."""
+    """Fill the cache's `target/`: shape, config, tokenizer, and head.safetensors with embedding, head and final norm.
+
+    An embedding that is the head too is stored once.
+    """
     destination.mkdir(exist_ok=True)
     (destination / SHAPE_FILE).write_text(parse_target_shape(parts.model.config).render(), encoding="utf-8")
     shutil.copyfile(folder / "config.json", destination / "config.json")
@@ -242,8 +246,7 @@ def write_target(destination: Path, *, folder: Path, parts: TargetParts, tokeniz
     if isinstance(tokenizer.chat_template, str):
         (destination / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     tensors = {
-        "embed_tokens.weight": parts.embed_tokens.weight,
-        "lm_head.weight": parts.lm_head.weight,
+        **join_head(parts.embed_tokens.weight, parts.lm_head.weight).tensors(),
         "norm.weight": parts.final_norm.weight,
         "norm.bias": getattr(parts.final_norm, "bias", None),
     }

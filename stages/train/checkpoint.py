@@ -1,7 +1,8 @@
 """Checkpoints of a run: written whole or not at all, resumed exactly, and loadable by `from_pretrained`.
 
 RUN/checkpoints/step_00000300/
-  config.json, model.safetensors   the draft in float32, in the form that servers load
+  config.json, model.safetensors   what is trained of the draft, in float32; the target's embedding and head, which
+                                   are not, lie once in RUN/target_head.safetensors
   optimizer.safetensors            AdamW's averages by parameter name, float32
   trainer_state.json               written last: step, what the run was made from, size and crc32c of the other files,
                                    and the crc32c of all that
@@ -28,8 +29,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from stages.errors import StageError
-from stages.train.model import Qwen3DSparkModel
+from stages.target_head import TargetHead, read_head
+from stages.train.draft_files import HEAD_FILE, check_recorded, write_draft_files, write_recorded
+from stages.train.model import Qwen3DSparkModel, config_fields
 from stages.train.parallel import ALONE, Ranks, place_like, whole
+from storage.temps import temp_path
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -91,7 +95,7 @@ def save_checkpoint(
     """
     final = checkpoints / f"step_{state.step:08d}"
     partial = checkpoints / f".{final.name}.{os.getpid()}.partial"
-    weights = _whole_weights(draft_model, dtype=torch.float32, ranks=ranks)
+    weights = _whole_weights(_trained_parameters(draft_model), dtype=torch.float32, ranks=ranks)
     moments = _optimizer_tensors(draft_model, optimizer, ranks=ranks)
     if not ranks.is_first:
         return final
@@ -101,7 +105,8 @@ def save_checkpoint(
         for leftover in checkpoints.glob(".step_*.partial"):
             shutil.rmtree(leftover)
         with publishing(partial, final):
-            _save_weights(partial, draft_model=draft_model, weights=weights)
+            fields = config_fields(draft_model.config, dtype=torch.float32)
+            write_draft_files(partial, fields=fields, weights=weights)
             save_file(moments, partial / OPTIMIZER_FILE)
             files = {file.name: describe_file(file).model_dump() for file in sorted(partial.iterdir())}
             record = {"step": state.step, "made_from": state.made_from, "files": files}
@@ -120,14 +125,15 @@ def save_draft(folder: Path, *, draft_model: Qwen3DSparkModel, dtype: torch.dtyp
     are not finite.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    weights = _whole_weights(draft_model, dtype=dtype, ranks=ranks)
+    weights = _whole_weights(draft_model.named_parameters(), dtype=dtype, ranks=ranks)
     if not ranks.is_first:
         return
     _check_finite(weights, where=folder)
     with write_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
         with publishing(partial, folder):
-            _save_weights(partial, draft_model=draft_model, weights=weights)
+            fields = config_fields(draft_model.config, dtype=dtype)
+            write_draft_files(partial, fields=fields, weights=weights)
 
 
 def find_checkpoint(checkpoints: Path) -> tuple[Path, TrainerState] | None:
@@ -196,7 +202,44 @@ def describe_file(file: Path) -> FileDescription:
     return FileDescription(bytes=file.stat().st_size, crc32c=crc)
 
 
-def _read_state(folder: Path) -> tuple[str, TrainerState | None]:
+def keep_head(run_dir: Path, source: Path) -> None:
+    """Write the target's embedding and head, which `source` holds, beside the run's checkpoints, unless they are there.
+
+    Raises CheckpointError when the disk is full or refuses.
+    """
+    file, head = run_dir / HEAD_FILE, read_head(source)
+    if file.is_file() and _holds(file, head):
+        return
+    with write_errors(file):
+        partial = temp_path(file)
+        try:
+            write_recorded(partial, head.tensors(), notes={})
+            partial.chmod(run_dir.stat().st_mode & 0o666)
+            _fsync(partial)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _holds(file: Path, head: TargetHead) -> bool:
+    try:
+        if check_recorded(file) is not None:
+            return False
+        stored, wanted = read_head(file).tensors(), head.tensors()
+    except (OSError, SafetensorError):
+        return False
+    return stored.keys() == wanted.keys() and all(torch.equal(stored[name], wanted[name]) for name in stored)
+
+
+def check_against_state(folder: Path, names: Iterable[str]) -> str | None:
+    """What is wrong with these files of a checkpoint by its record; None if nothing is, or if this is no checkpoint."""
+    if not (folder / STATE_FILE).exists():
+        return None
+    return _read_state(folder, names=set(names))[0] or None
+
+
+def _read_state(folder: Path, *, names: set[str] | None = None) -> tuple[str, TrainerState | None]:
+    """What is wrong with a checkpoint, or its state; `names`: of these files alone."""
     try:
         describe_file(folder / STATE_FILE)
         fields = json.loads((folder / STATE_FILE).read_text())
@@ -206,6 +249,8 @@ def _read_state(folder: Path) -> tuple[str, TrainerState | None]:
         if missing := NEEDED_FILES - record.files.keys():
             return f"{STATE_FILE}: lists no {', '.join(sorted(missing))}", None
         for name, expected in record.files.items():
+            if names is not None and name not in names:
+                continue
             found = describe_file(folder / name)
             if found != expected:
                 return f"{name}: expected {expected}, got {found}", None
@@ -218,9 +263,10 @@ def _record_crc32c(record: dict[str, Any]) -> int:
     return int(google_crc32c.value(json.dumps(record, sort_keys=True, separators=(",", ":")).encode("ascii")))
 
 
-def _whole_weights(draft_model: Qwen3DSparkModel, *, dtype: torch.dtype, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """The model's tensors by name, on rank 0's CPU; nothing on the other ranks."""
-    tensors = draft_model.state_dict().items()
+def _whole_weights(
+    tensors: Iterable[tuple[str, torch.Tensor]], *, dtype: torch.dtype, ranks: Ranks
+) -> dict[str, torch.Tensor]:
+    """The tensors by name, on rank 0's CPU; nothing on the other ranks."""
     return _collect(tensors, convert=lambda tensor: tensor.to("cpu", dtype), ranks=ranks)
 
 
@@ -257,14 +303,6 @@ def _collect(
         if ranks.is_first:
             collected[name] = convert(put_together)
     return collected
-
-
-def _save_weights(folder: Path, *, draft_model: Qwen3DSparkModel, weights: dict[str, torch.Tensor]) -> None:
-    """`save_pretrained` of a model with the draft's config and these weights."""
-    with torch.device("meta"):
-        copy = type(draft_model)(draft_model.config)
-    copy.load_state_dict(weights, assign=True)
-    copy.save_pretrained(folder)
 
 
 def _read_shared(file: Any, name: str, *, like: torch.Tensor, ranks: Ranks) -> torch.Tensor:

@@ -9,14 +9,20 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from stages.errors import SettingError
+from stages.train.checkpoint import check_against_state
+from stages.train.draft_files import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    WEIGHTS_FILE,
+    check_draft_files,
+    check_recorded,
+    find_head,
+    missing_target_tensors,
+)
 from stages.train.model import Qwen3DSparkModel
-
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-TARGET_TENSORS = ("embed_tokens.weight", "lm_head.weight")
-"""What a draft has from its target, unchanged; a server has it already."""
 
 
 def read_draft(folder: Path, *, dtype: torch.dtype = torch.float32) -> Qwen3DSparkModel:
@@ -27,7 +33,24 @@ def read_draft(folder: Path, *, dtype: torch.dtype = torch.float32) -> Qwen3DSpa
     except Exception as error:  # a config of the wrong types: transformers, torch and Python each refuse it otherwise
         reason = str(error) or type(error).__name__
         raise SettingError(f"{folder}: cannot be read as a draft: {reason}") from error
+    check_draft_record(folder)
     return model
+
+
+def check_draft_record(folder: Path) -> None:
+    """Raise SettingError where a byte of the draft is not the one that was written.
+
+    A draft without a record, as earlier versions wrote them, passes with a warning.
+    """
+    try:
+        head = find_head(folder)
+        problem = check_against_state(folder, (CONFIG_FILE, WEIGHTS_FILE)) or check_draft_files(folder)
+        if problem is None and head is not None:
+            problem = check_recorded(head)
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    if problem is not None:
+        raise SettingError(f"{folder}: is damaged: {problem}; take another checkpoint, or export or train it again")
 
 
 def check_draft_folder(folder: Path) -> None:
@@ -42,11 +65,15 @@ def check_draft_folder(folder: Path) -> None:
             f"{folder}: is in the speculators form, which only servers read; name the run's draft/ or the checkpoint "
             "that it was exported from"
         )
-    missing = sorted(set(TARGET_TENSORS) - _tensor_names(folder))
+    try:
+        missing = sorted(missing_target_tensors(folder))
+    except (OSError, SafetensorError) as error:
+        raise SettingError(f"{folder}: cannot be read as a draft: {WEIGHTS_FILE}: {error}") from error
     if missing:
         raise SettingError(
-            f"{folder}: lacks the target's {' and '.join(missing)}, which a server has from its target; name the run's "
-            "draft/ or the checkpoint that it was exported from, or export that without --without-target-weights"
+            f"{folder}: lacks the target's {' and '.join(missing)}, which a server has from its target, and a run in "
+            f"{HEAD_FILE}; name the run's draft/ or the checkpoint, in its run's folder, that it was exported from, or "
+            "export that without --without-target-weights"
         )
 
 
@@ -67,11 +94,3 @@ def _is_speculators_form(folder: Path) -> bool:
     if not isinstance(fields, dict):
         raise SettingError(f"{folder}: cannot be read as a draft: {CONFIG_FILE}: expected a JSON object")
     return "speculators_model_type" in fields
-
-
-def _tensor_names(folder: Path) -> set[str]:
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as weights:
-            return set(weights.keys())
-    except (OSError, SafetensorError) as error:
-        raise SettingError(f"{folder}: cannot be read as a draft: {WEIGHTS_FILE}: {error}") from error

@@ -10,8 +10,8 @@ Layer ids differ: here, and in the first form, k is the output of block k; specu
 that its id is k + 1.
 """
 
-import json
-import os
+import glob
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +19,20 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import Qwen3Config
 
 from stages.errors import StageError
+from stages.target_head import TARGET_TENSORS
 from stages.train.checkpoint import publishing
-from stages.train.draft_folder import CONFIG_FILE, TARGET_TENSORS, WEIGHTS_FILE
-from stages.train.model import Qwen3DSparkModel, config_fields
+from stages.train.draft_files import write_draft_files
+from stages.train.model import BIAS_IN_SCALE, Qwen3DSparkModel, config_fields
+from storage.temps import is_running, remove_stale_temps, temp_path
 
 Form = Literal["dspark", "speculators"]
 FORMS: tuple[Form, ...] = ("dspark", "speculators")
 SPECULATORS_VERSION = "0.9.0"  # the release whose layout is written
 CARD_FILE = "README.md"
+W1, W2 = "markov_head.markov_w1.weight", "markov_head.markov_w2.weight"
 
 # Fields of the draft that both forms have under the same name.
 _COMMON_FIELDS = (
@@ -67,8 +69,13 @@ class ServedTarget:
 
 
 def dspark_fields(config: Qwen3Config, *, dtype: torch.dtype) -> dict[str, Any]:
-    """`config.json` of the `dspark` form, every field written out."""
-    return config_fields(config) | {"dtype": _dtype_name(dtype)}
+    """`config.json` of the `dspark` form, every field written out; it belongs to the tensors of `export_weights`."""
+    fields = config_fields(config, dtype=dtype)
+    if not config.markov_rank:
+        fields |= {"markov_rank": 1, "markov_head_type": "vanilla"}
+    if _bias_scale(config) is not None:
+        fields[BIAS_IN_SCALE] = True
+    return fields
 
 
 def speculators_fields(config: Qwen3Config, *, target: ServedTarget, dtype: torch.dtype) -> dict[str, Any]:
@@ -109,13 +116,20 @@ def speculators_fields(config: Qwen3Config, *, target: ServedTarget, dtype: torc
 def export_weights(
     model: Qwen3DSparkModel, *, dtype: torch.dtype, with_target_weights: bool
 ) -> dict[str, torch.Tensor]:
-    """The draft's tensors by name, in `dtype`. Raises ExportError where a value does not fit the dtype."""
+    """The draft's tensors by name, in `dtype`; one that is embedding and head as the embedding alone.
+
+    A draft without a Markov head gets one of rank 1 that adds nothing, since vLLM and SGLang load no other. Where the
+    target's logits are scaled, but not soft-capped, the bias is divided by the scale: training computes
+    scale·head + W2·e, vLLM scale·(head + W2·e). Raises ExportError where a value does not fit the dtype.
+    """
     left_out = () if with_target_weights else TARGET_TENSORS
-    weights = {
-        name: tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in left_out
-    }
+    tensors = {name: tensor.detach() for name, tensor in model.named_parameters() if name not in left_out}
+    scale = _bias_scale(model.config)
+    if not model.config.markov_rank:
+        tensors |= dict.fromkeys((W1, W2), torch.zeros(model.config.vocab_size, 1))
+    elif scale is not None:
+        tensors[W2] = tensors[W2].float() / scale
+    weights = {name: tensor.to("cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()}
     broken = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
     if broken:
         raise ExportError(
@@ -134,18 +148,32 @@ def write_export(
     """
     if out.exists() or out.is_symlink():
         raise ExportError(f"{out}: exists already; name a new folder")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial = temp_path(out)
     try:
-        partial.mkdir(parents=True)
+        remove_stale_temps([out.parent])
+        _remove_earlier_partials(out)
         with publishing(partial, out):
-            save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-            (partial / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_draft_files(partial, fields=fields, weights=weights)
             for name, text in texts.items():
                 (partial / name).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ExportError(
             f"{out}: cannot write: {error}; nothing of it is left. Free some space, or name another folder"
         ) from error
+
+
+def _remove_earlier_partials(out: Path) -> None:
+    """What killed exports of earlier versions left: its name says whose it was."""
+    for partial in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+        owner = partial.name.removesuffix(".partial").rpartition(".")[2]
+        if owner.isdigit() and not is_running(int(owner)):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _bias_scale(config: Qwen3Config) -> float | None:
+    """What servers multiply the Markov bias by and training does not, where dividing by it undoes that."""
+    scale: float | None = getattr(config, "logit_scale", None)
+    return scale if scale and getattr(config, "final_logit_softcapping", None) is None else None
 
 
 def _check_expressible(config: Qwen3Config) -> None:

@@ -109,15 +109,19 @@ def estimate_memory(
     state_bytes: int = 2,
     num_shards: int = 1,
     recomputes: bool = False,
+    is_tied: bool = False,
 ) -> MemoryEstimate:
     """What training a draft of this config takes at micro-batches of this shape.
 
     `state_bytes` is the size of a cached number; `num_shards` over how many ranks weights, gradients and averages are
-    spread; `recomputes`: activations inside a layer are made again in the backward pass.
+    spread; `recomputes`: activations inside a layer are made again in the backward pass; `is_tied`: the target's
+    embedding is its head.
     """
     with torch.device("meta"):
         model = Qwen3DSparkModel(config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if is_tied:
+        model.lm_head.weight = model.embed_tokens.weight
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     # The three vocabulary-wide tensors of a slot in the objective; on CUDA two more in float32.
     slot_bytes = config.vocab_size * (3 * _size_of(dtype) + (2 * FLOAT32_BYTES if device.type == "cuda" else 0))

@@ -111,6 +111,8 @@ class MetricsLog:
                 kept.append(line)
                 self._written.add((str(row.get("kind")), row["step"]))
         with write_errors(self._file):
+            for leftover in run_dir.glob(".metrics.jsonl.*.tmp"):  # of killed runs of earlier versions
+                leftover.unlink()
             write_whole(self._file, "".join(kept))
             self._stream = self._file.open("a", buffering=1, encoding="utf-8")
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)

@@ -6,9 +6,9 @@ Shape suffixes: B rows, S context tokens, X those of all rows, L target layers, 
 Q slots of all blocks, N any slots, V vocabulary, H heads, G key-value heads, E head size.
 """
 
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Qwen3Config
 from transformers import initialization as init
+from transformers import logging as transformers_logging
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
@@ -24,6 +25,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from stages.rope import draft_rope
+from stages.target_head import TARGET_TENSORS, TargetHead, read_head
 from stages.train.attention import (
     Attend,
     BlockRanges,
@@ -34,6 +36,7 @@ from stages.train.attention import (
     block_mask,
 )
 from stages.train.documents import document_bounds
+from stages.train.draft_files import find_head, missing_target_tensors, write_draft_files
 from stages.train.heads import ConfidenceHead, LogitBias, MarkovHead, build_markov_head
 from stages.train.slots import Slots
 
@@ -47,6 +50,8 @@ class Context(NamedTuple):
     rope: Rope
 
 
+BIAS_IN_SCALE = "markov_bias_in_logit_scale"
+"""Field of an exported draft: `markov_w2` is divided by `logit_scale`, which servers multiply it by."""
 _REQUIRED_FIELDS = ("block_size", "mask_token_id", "target_layer_ids", "num_anchors", "markov_rank")
 
 
@@ -154,8 +159,7 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
         missing = [name for name in _REQUIRED_FIELDS if getattr(config, name, None) is None]
         if missing:
             raise ValueError(f"config: {', '.join(missing)} missing; expected the config of a DSpark draft")
-        if not getattr(config, "sample_from_anchor", True):
-            raise ValueError("config: sample_from_anchor is false; slot 0 must predict the token after the anchor")
+        _check_computed(config)
         config.rope_parameters = one_rope(config)
         super().__init__(config)
         self.block_size = int(config.block_size)
@@ -185,30 +189,61 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers, which makes loaded parameters trainable: here the target's stay frozen.
 
+        A checkpoint's embedding and head are those of its run; one that is both is one tensor here.
         Raises ValueError for a file whose tensors are not those of the config: transformers fills in random numbers.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        wrong = [f"no {name}" for name in sorted(info["missing_keys"])]
+        with _quiet_loading():
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing, folder = set(info["missing_keys"]), Path(args[0]) if args else None
+        if folder is not None and missing & set(TARGET_TENSORS) and not missing_target_tensors(folder):
+            head = find_head(folder)
+            model.load_target_head(*(TargetHead(model.embed_tokens.weight, None) if head is None else read_head(head)))
+            missing -= set(TARGET_TENSORS)
+        wrong = [f"no {name}" for name in sorted(missing)]
         wrong += [f"{name}, which its config does not ask for" for name in sorted(info["unexpected_keys"])]
         if wrong:
             raise ValueError(f"{args[0] if args else 'the draft'}: its weights have {'; '.join(wrong)}")
+        model._take_bias_out_of_scale()
         model.freeze_target_head()
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers, but with a full `config.json`, defaults included, for readers of other versions."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        fields = config_fields(self.config)
-        (Path(save_directory) / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        """Write a draft's two files; `config.json` has every field, defaults included. Other arguments mean nothing."""
+        weights = {name: tensor.detach() for name, tensor in self.named_parameters()}
+        write_draft_files(
+            Path(save_directory),
+            fields=config_fields(self.config, dtype=self.fc.weight.dtype),
+            weights=weights,
+        )
+
+    @torch.no_grad()
+    def _take_bias_out_of_scale(self) -> None:
+        """An export for servers that scale head and bias together is, in memory, as it was trained."""
+        if getattr(self.config, BIAS_IN_SCALE, False) and self.markov_head is not None:
+            self.markov_head.markov_w2.weight.mul_(self.config.logit_scale)
+            delattr(self.config, BIAS_IN_SCALE)
 
     def freeze_target_head(self) -> None:
         """Take the target's embedding and head out of training."""
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether embedding and head are one tensor."""
+        return self.lm_head.weight is self.embed_tokens.weight
+
     @torch.no_grad()
-    def load_target_head(self, embed_tokens: torch.Tensor, lm_head: torch.Tensor) -> None:
-        """Copy the target's embedding and head, both [V, D], into the draft. Raises ValueError for other shapes."""
+    def load_target_head(self, embed_tokens: torch.Tensor, lm_head: torch.Tensor | None = None) -> None:
+        """Copy the target's embedding and head, both [V, D], into the draft; None: one tensor is both, here too.
+
+        Raises ValueError for other shapes.
+        """
+        if lm_head is None:
+            self.lm_head.weight = self.embed_tokens.weight
+            lm_head = embed_tokens
+        elif self.is_tied:
+            self.lm_head.weight = nn.Parameter(torch.empty_like(self.embed_tokens.weight), requires_grad=False)
         for name, given, own in (("embed_tokens", embed_tokens, self.embed_tokens), ("lm_head", lm_head, self.lm_head)):
             if given.shape != own.weight.shape:
                 raise ValueError(
@@ -223,10 +258,13 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
 
         Autocast casts a weight that needs no gradient anew for every product.
         """
-        for module in (self.embed_tokens, self.lm_head):
+        is_tied = self.is_tied
+        for module in (self.embed_tokens,) if is_tied else (self.embed_tokens, self.lm_head):
             narrow = module.weight.to(dtype)
             if torch.equal(narrow.to(module.weight.dtype), module.weight):
                 module.weight = nn.Parameter(narrow, requires_grad=False)
+        if is_tied:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] ids to [..., D]. Under autocast in float32, whatever the embedding is kept in: layers add to it."""
@@ -343,6 +381,17 @@ class Qwen3DSparkModel(PreTrainedModel):  # type: ignore[misc]
         return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
 
 
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' report of tensors that a file lacks: those that matter are an error afterwards."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
 def _seen(start_M: torch.Tensor, end_M: torch.Tensor, *, num_tokens: int) -> torch.Tensor:
     """Which tokens lie in one of the ranges: bool [num_tokens]."""
     edges = start_M.new_zeros(num_tokens + 1)
@@ -356,6 +405,20 @@ def _plan_attention(ranges: BlockRanges, queries_N: torch.Tensor, *, num_context
     return attention(ranges, num_context=num_context), attention(ranges, queries_N, num_context=num_context)
 
 
+def _check_computed(config: Qwen3Config) -> None:
+    """Refuse a draft that would be computed as something else. Raises ValueError."""
+    if not getattr(config, "sample_from_anchor", True):
+        raise ValueError("config: sample_from_anchor is false; slot 0 must predict the token after the anchor")
+    others = sorted(set(config.layer_types or ()) - {"full_attention"})
+    if others:
+        raise ValueError(
+            f"config: layer_types: expected full_attention in every layer, got {', '.join(others)} (sliding_window "
+            f"{config.sliding_window}); drafts of such layers are neither trained nor computed here"
+        )
+    if getattr(config, "is_causal", False):
+        raise ValueError("config: is_causal is true; the slots of a block must see each other in both directions")
+
+
 def one_rope(config: Qwen3Config) -> dict[str, Any]:
     """The rope that a draft of this config computes, whatever the length of a text; its own, if that says all.
 
@@ -365,8 +428,10 @@ def one_rope(config: Qwen3Config) -> dict[str, Any]:
     return draft_rope(rope, head_dim=config.head_dim, max_positions=config.max_position_embeddings)
 
 
-def config_fields(config: Qwen3Config) -> dict[str, Any]:
+def config_fields(config: Qwen3Config, *, dtype: torch.dtype) -> dict[str, Any]:
     """What `config.json` holds: every Qwen3 field, the draft's own, and rope under its older names as well.
+
+    `dtype` is that of the stored weights.
 
     Readers before transformers 5 know `rope_theta` and `rope_scaling` only; a draft served without its rope drafts
     badly in silence.
@@ -377,7 +442,7 @@ def config_fields(config: Qwen3Config) -> dict[str, Any]:
     rope = dict(config.rope_parameters)
     fields["rope_theta"] = rope.pop("rope_theta")
     fields["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    return fields
+    return fields | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import Qwen3Config
 
 from stages.errors import SettingError
 from stages.rope import mixes_ropes
+from stages.target_head import is_stored_once, read_head
 from stages.target_shape import TargetShape, read_target_shape
 from stages.train.checkpoint import (
     CheckpointError,
     TrainerState,
     check_folder,
     find_checkpoint,
+    keep_head,
     load_checkpoint,
     save_checkpoint,
     save_draft,
@@ -31,6 +32,7 @@ from stages.train.feed import BatchFeed
 from stages.train.interrupt import StopRequest
 from stages.train.loop import Stepper, run_steps
 from stages.train.mask_token import choose_mask_token
+from stages.train.meaning import differences
 from stages.train.memory import check_memory, estimate_memory, free_memory, largest_batch
 from stages.train.metrics import MetricsLog
 from stages.train.model import Qwen3DSparkModel
@@ -132,8 +134,7 @@ def build_draft(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3DSparkModel(config)
-    with safe_open(reader.target_dir / "head.safetensors", framework="pt") as head:
-        model.load_target_head(head.get_tensor("embed_tokens.weight"), head.get_tensor("lm_head.weight"))
+    model.load_target_head(*read_head(reader.target_dir / "head.safetensors"))
     if draft.init_from is not None:
         load_initial_weights(model, draft.init_from)
     return model
@@ -176,7 +177,9 @@ def train(  # noqa: PLR0913 (three sections, and what a caller joins to the trai
         config = plan_draft(draft, reader)
         if start < schedule.num_steps:
             _check_memory(reader, train, schedule=schedule, config=config, ranks=ranks)
+        ranks.on_first(lambda: _check_meaning(folder, config))
         ranks.on_first(lambda: _keep_config(train.run_dir, config_text))
+        ranks.on_first(lambda: keep_head(train.run_dir, reader.target_dir / "head.safetensors"))
         # 3. Model and optimizer.
         model = build_draft(draft, reader, seed=train.seed, config=config)
         module = wrap(DSparkTrainerModule(model, **objective_arguments(objective)), ranks=ranks, train=train)
@@ -279,6 +282,16 @@ def _find_start(run_dir: Path, *, made_from: dict[str, Any]) -> tuple[Path | Non
     return folder, state.step
 
 
+def _check_meaning(folder: Path | None, config: Qwen3Config) -> None:
+    """Refuse to go on with weights that another version of this project gave another meaning."""
+    lines = [] if folder is None else differences(Qwen3Config.from_pretrained(folder), config)
+    if lines:
+        raise CheckpointError(
+            "\n".join([f"{folder}: was trained by another version, as another draft:", *lines])
+            + "\nset train.run_dir to a new folder"
+        )
+
+
 def _check_memory(
     reader: CacheReader, train: TrainSection, *, schedule: Schedule, config: Qwen3Config, ranks: Ranks
 ) -> None:
@@ -288,6 +301,7 @@ def _check_memory(
     estimate = estimate_memory(
         config, shape, dtype=train.dtype, device=device, state_bytes=reader.dtype.itemsize,
         num_shards=ranks.world if train.parallel == "fsdp" else 1, recomputes=train.activation_checkpointing,
+        is_tied=is_stored_once(reader.target_dir / "head.safetensors"),
     )  # fmt: skip
     check_memory(estimate, shape, free=free_memory(device), device=device)
 

@@ -14,12 +14,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import Qwen3Config
 
 from stages.errors import SettingError
-from stages.train.draft_folder import TARGET_TENSORS, WEIGHTS_FILE, check_draft_folder
+from stages.target_head import EMBEDDING, TARGET_TENSORS
+from stages.train.draft_files import WEIGHTS_FILE, find_head
+from stages.train.draft_folder import check_draft_folder, check_draft_record
+from stages.train.meaning import differences
 from stages.train.model import Qwen3DSparkModel
 
 CONFIDENCE_WEIGHT = "confidence_head.proj.weight"
-# Fields that no tensor's shape shows, and without which the weights mean something else.
-COMPARED_FIELDS = ("target_layer_ids", "mask_token_id", "rope_parameters", "num_attention_heads", "head_dim")
 COMPARED_ROWS = 256  # of the embeddings of draft and target; no two trained targets share so many
 HASH_CHUNK_BYTES = 1 << 22
 
@@ -50,9 +51,7 @@ def load_initial_weights(model: Qwen3DSparkModel, folder: Path) -> list[str]:
         with safe_open(_weights_file(folder), framework="pt") as weights:
             shapes = {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
             fresh, problems = _compare(model, config, shapes)
-            if not problems and not same_rows(
-                weights.get_slice("embed_tokens.weight")[:COMPARED_ROWS], model.embed_tokens.weight[:COMPARED_ROWS]
-            ):
+            if not problems and not same_rows(_first_rows(folder), model.embed_tokens.weight[:COMPARED_ROWS]):
                 problems = ["  embed_tokens.weight: differs: it was trained for another target than the cache's"]
             if problems:
                 raise SettingError("\n".join([f"{where}: does not fit the draft of this config:", *problems]))
@@ -64,6 +63,7 @@ def load_initial_weights(model: Qwen3DSparkModel, folder: Path) -> list[str]:
     broken = [name for name, tensor in taken.items() if not bool(tensor.isfinite().all())]
     if broken:
         raise SettingError(f"{where}: NaN or infinite weights in {', '.join(broken)}")
+    check_draft_record(folder)
     own = model.state_dict()
     for name, tensor in taken.items():
         own[name].copy_(tensor)
@@ -76,16 +76,21 @@ def same_rows(stored: torch.Tensor, own: torch.Tensor) -> bool:
     return stored.shape == own.shape and torch.allclose(stored.float(), own.float().cpu(), rtol=1e-2, atol=1e-3)
 
 
+def _first_rows(folder: Path) -> torch.Tensor:
+    """Of the embedding that the draft was trained with. [COMPARED_ROWS, D]"""
+    with safe_open(find_head(folder) or folder / WEIGHTS_FILE, framework="pt") as weights:
+        rows: torch.Tensor = weights.get_slice(EMBEDDING)[:COMPARED_ROWS]
+    return rows
+
+
 def _compare(model: Qwen3DSparkModel, config: Qwen3Config, shapes: dict[str, list[int]]) -> tuple[list[str], list[str]]:
     """Names that start fresh, and a line for each difference that is none by design."""
-    fresh, problems = [], []
-    for field in COMPARED_FIELDS:
-        old, new = getattr(config, field, None), getattr(model.config, field, None)
-        if old != new:
-            problems.append(f"  {field}: it has {old}, this draft {new}")
+    fresh, problems = [], differences(config, model.config)
     own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     sees_other = own.get(CONFIDENCE_WEIGHT) != shapes.get(CONFIDENCE_WEIGHT)  # then its bias means nothing either
     for name, shape in own.items():
+        if name in TARGET_TENSORS and name not in shapes:
+            continue  # of a checkpoint, in its run's folder; or one tensor is both
         if shapes.get(name) == shape and not (sees_other and name.startswith("confidence_head.")):
             continue
         if name not in TARGET_TENSORS and _may_start_fresh(name, config, shapes):
