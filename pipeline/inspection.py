@@ -270,13 +270,16 @@ def count_tokens(plan: CachePlan) -> tuple[int, tuple[TokenCount, ...]]:
 
 
 def token_texts(target_dir: Path, token_ids: Sequence[int]) -> list[str | None]:
-    """The text of each token, None where target/ has no tokenizer that loads."""
-    from transformers import AutoTokenizer
+    """The text of each token, None where target/ has no tokenizer that loads.
+
+    By `tokenizer.json` alone: other files of a tokenizer may name Python code beside them, which nothing here runs.
+    """
+    from tokenizers import Tokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(target_dir, local_files_only=True)
-        return [str(tokenizer.decode([token])) for token in token_ids]
-    except Exception:  # tokenizers raise families of their own, and inspecting needs none
+        tokenizer = Tokenizer.from_file(str(target_dir / "tokenizer.json"))
+        return [str(tokenizer.decode([token], skip_special_tokens=False)) for token in token_ids]
+    except Exception:  # tokenizers raises plain Exception, and inspecting needs none
         return [None] * len(token_ids)
 
 

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from pipeline.config import Config
 from pipeline.regeneration_price import RegenerationPrice, price_regeneration
@@ -14,7 +15,9 @@ from stages.extract.peer_caches import DeepSpecCache, PeerCache, SpeculatorsCach
 from stages.extract.price import Price
 from stages.extract.samples import PromptsOnlyError, SampleCounts
 from stages.extract.share import ALONE, Share
-from stages.train.config import build_draft_config
+from stages.target_config import choose_max_length
+from stages.target_shape import TargetShape
+from stages.train import Qwen3DSparkModel, build_draft_config
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +33,33 @@ def settings_of(config: Config) -> run.Settings:
     )
 
 
-def check_draft(config: Config, target_config: Any) -> None:
-    """Raises SettingError, before anything is computed, for a target that the config's draft cannot be built for."""
-    build_draft_config(
-        target_config,
+def check_draft(config: Config, target: TargetShape) -> None:
+    """Raises SettingError, before anything is computed, for a target that the config's draft cannot be built for.
+
+    The whole draft is built, without storage.
+    """
+    draft = config.draft
+    draft_config = build_draft_config(
+        target,
         mask_token_id=0,
-        target_layer_ids=config.draft.target_layer_ids,
-        intermediate_size=config.draft.intermediate_size,
+        num_draft_layers=draft.num_layers,
+        block_size=draft.block_size,
+        target_layer_ids=draft.target_layer_ids or config.cache.layers,
+        num_anchors=draft.num_anchors,
+        markov_rank=draft.markov_rank,
+        markov_head_type=draft.markov_head_type,
+        enable_confidence_head=draft.enable_confidence_head,
+        confidence_head_with_markov=draft.confidence_head_with_markov,
+        intermediate_size=draft.intermediate_size,
+        max_length=choose_max_length(config.data.max_length, target.max_positions),
     )
+    try:
+        with torch.device("meta"):
+            Qwen3DSparkModel(draft_config)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise SettingError(
+            f"no draft can be built for this {target.model_type} target: {error}; name another target, or set [draft]"
+        ) from error
 
 
 def estimate(config: Config) -> tuple[Price, SampleCounts] | RegenerationPrice:

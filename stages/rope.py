@@ -100,9 +100,7 @@ def _looks_at_length(module: nn.Module) -> bool:
     if kinds is None and "Rotary" in type(module).__name__:
         if "position_ids" not in inspect.signature(module.forward).parameters:
             return False
-        kinds = [
-            rope.get("rope_type") for rope in _ropes(getattr(getattr(module, "config", None), "rope_parameters", None))
-        ]
+        kinds = [rope.get("rope_type") for rope in _ropes(getattr(module, "config", None))]
     elif isinstance(kinds, dict):
         kinds = kinds.values()
     else:
@@ -222,6 +220,6 @@ def _explicit(theta: float, factors: list[float], *, original: int, attention: f
 
 def _ropes(rope: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     """The target's ropes: one, or one for each layer type."""
-    rope = rope or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     nested = [part for part in rope.values() if isinstance(part, dict)]
     yield from nested or [rope]

@@ -1,6 +1,5 @@
 """Captured states held bit for bit against transformers' own `output_hidden_states`, for several architectures."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +8,8 @@ import torch
 import transformers
 
 from stages.extract.capture import Capture, find_non_finite, pad_batch
-from stages.extract.self_check import check_batching, check_head
-from stages.extract.settings import TargetSection
-from stages.extract.target import TargetError, TargetParts, find_parts, load_target
-from tiny_target import NUM_LAYERS, SHAPE, save_tiny_target
+from stages.extract.target import TargetError, find_parts
+from tiny_target import SHAPE
 
 LAYERS = [-1, 0, 1, 2, 3]
 
@@ -100,33 +97,93 @@ def test_non_finite_states_are_found_with_their_first_layer() -> None:
     assert found == [(1, -1, "non-finite state")]
 
 
-def load(tmp_path: Path) -> tuple[TargetParts, Capture]:
-    folder = save_tiny_target(tmp_path / "target")
-    parts = load_target(folder, target=TargetSection(model=str(folder)), device=torch.device("cpu"))
-    return parts, Capture(parts, layers=range(NUM_LAYERS), dtype=torch.bfloat16)
+def test_states_that_are_not_one_a_token_are_refused() -> None:
+    config = transformers.Gemma3nTextConfig(
+        **(SHAPE | {"num_key_value_heads": 2}), vocab_size_per_layer_input=64, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 4, layer_types=["full_attention"] * 4,
+    )  # fmt: skip
+    parts = find_parts(transformers.Gemma3nForCausalLM(config).eval())
+    with pytest.raises(TargetError, match=r"its blocks give \[4, 1, 9, 32\], expected one state of 32 values"):
+        Capture(parts, layers=LAYERS, dtype=torch.float32)(make_ids([9]))
 
 
-def test_self_checks_pass_on_a_sound_target(tmp_path: Path) -> None:
-    parts, capture = load(tmp_path)
-    ids = make_ids([40, 9, 23], vocab_size=4000)
-    check_head(capture, parts=parts, input_ids=ids[0])
-    check_batching(capture, input_ids=ids)
+def test_a_block_that_is_passed_over_is_refused() -> None:
+    """Llama 3.2 Vision's blocks of cross-attention do not run on text: their rows would be what memory held before."""
+    config = transformers.MllamaConfig(
+        text_config=SHAPE | {"cross_attention_layers": [1], "pad_token_id": 0},
+        vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2,
+                       "intermediate_size": 16, "vision_output_dim": 32, "image_size": 28, "patch_size": 14,
+                       "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]},
+    )  # fmt: skip
+    parts = find_parts(transformers.MllamaForConditionalGeneration(config).eval())
+    with pytest.raises(TargetError, match="block 1 did not run on text"):
+        Capture(parts, layers=LAYERS, dtype=torch.float32)(make_ids([9]))
+    Capture(parts, layers=[0, 2], dtype=torch.float32)(make_ids([9]))
 
 
-def test_self_check_notices_a_wrong_final_norm(tmp_path: Path) -> None:
-    parts, _ = load(tmp_path)
-    wrong = TargetParts(**{**vars(parts), "final_norm": parts.blocks[-1].mlp})
-    capture = Capture(wrong, layers=range(NUM_LAYERS), dtype=torch.bfloat16)
-    with pytest.raises(TargetError, match="self-check: lm_head"):
-        check_head(capture, parts=wrong, input_ids=make_ids([200], vocab_size=4000)[0])
+def test_an_encoder_is_refused() -> None:
+    config = transformers.PaliGemmaConfig(
+        text_config={"model_type": "gemma", **SHAPE},
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"},
+    )  # fmt: skip
+    model = transformers.PaliGemmaForConditionalGeneration(config)
+    with pytest.raises(TargetError, match=r"expected a decoder-only language model.*got attention to later tokens"):
+        find_parts(model)
 
 
-def test_self_check_notices_a_target_that_sees_padding(tmp_path: Path) -> None:
-    parts, capture = load(tmp_path)
+WRAPPERS = ["Qwen2_5_VL", "Qwen3VL", "Mistral3", "Gemma3", "Gemma4", "Llama4", "InternVL", "Llava"]
 
-    def leak(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output + output.mean(1, keepdim=True)
 
-    parts.blocks[0].mlp.register_forward_hook(leak)
-    with pytest.raises(TargetError, match="does not ignore padding"):
-        check_batching(capture, input_ids=make_ids([200, 9], vocab_size=4000))
+def make_wrapper(name: str) -> Any:
+    torch.manual_seed(0)
+    text = SHAPE | {"initializer_range": 0.2}
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,
+             "image_size": 28, "patch_size": 14}  # fmt: skip
+    patches = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    mrope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    texts: dict[str, dict[str, Any]] = {
+        "Qwen2_5_VL": {"rope_parameters": mrope},
+        "Qwen3VL": {"rope_parameters": mrope | {"mrope_interleaved": True}},
+        "Mistral3": {"model_type": "mistral"},
+        "Gemma3": {"sliding_window": 8},
+        "Gemma4": {"sliding_window": 8, "global_head_dim": 32, "hidden_size_per_layer_input": 8,
+                   "vocab_size_per_layer_input": 64},
+        "Llama4": {"num_local_experts": 2, "intermediate_size_mlp": 48, "pad_token_id": 0},
+        "InternVL": {"model_type": "qwen2"},
+        "Llava": {"model_type": "llama"},
+    }  # fmt: skip
+    visions: dict[str, dict[str, Any]] = {
+        "Qwen2_5_VL": patches,
+        "Qwen3VL": patches | {"deepstack_visual_indexes": [0]},
+        "Mistral3": tower | {"model_type": "pixtral"},
+        "InternVL": tower | {"image_size": [28, 28], "patch_size": [14, 14]},
+        "Llava": tower | {"model_type": "clip_vision_model"},
+        "Llama4": tower | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+    }
+    vision = {"vision_config": visions[name]} if name in visions else {}
+    if name == "Gemma3":
+        vision = {"vision_config": tower}
+    config = getattr(transformers, f"{name}Config")(text_config=text | texts[name], **vision)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("lengths", [[7, 7], [12, 5, 3]])
+def test_the_text_stack_of_a_wrapper_gives_the_wrappers_states(name: str, lengths: list[int]) -> None:
+    """Held against the whole model on each text alone, whose positions it works out itself."""
+    model = make_wrapper(name)
+    parts = find_parts(model)
+    assert parts.decoder is not model
+    ids = make_ids(lengths)
+    captured = Capture(parts, layers=LAYERS, dtype=torch.float32)(ids)
+    start = 0
+    for text in ids:
+        rows = slice(start, start + len(text))
+        start += len(text)
+        with torch.inference_mode():
+            output = model(input_ids=torch.from_numpy(text)[None].long(), use_cache=False, output_hidden_states=True)
+        for place, layer in enumerate(LAYERS[:-1]):
+            own = output.hidden_states[layer + 1][0]
+            torch.testing.assert_close(captured.hidden_states[rows, place], own, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(captured.last_hidden_states[rows], output.hidden_states[-1][0], rtol=1e-4, atol=1e-4)

@@ -14,8 +14,8 @@ from pipeline.embedded.corpus import MAX_ANSWER_CHARS, conversations, read_pairs
 from pipeline.embedded.train_target import CHAT_TEMPLATE, VOCAB_SIZE, build_target, pack_windows
 from pipeline.stage_one import settings_of
 from pipeline.stage_two import evaluate_draft, train_draft
+from stages.extract.mask_token import find_mask_token
 from stages.extract.run import extract
-from stages.extract.target import choose_mask_token
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,9 +57,10 @@ def test_the_conversations_are_a_few_thousand_chats_of_one_and_two_rounds() -> N
 def test_the_mask_token_is_the_first_unused_id() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TARGET_DIR)
     assert tokenizer.mask_token_id is None
-    assert choose_mask_token(tokenizer, vocab_size=VOCAB_SIZE, wanted=None) == len(tokenizer) == 4080
-    with pytest.raises(ValueError, match=r"draft\.mask_token_id: .*special tokens \[1\]"):
-        choose_mask_token(tokenizer, vocab_size=4080, wanted=None)
+    found = find_mask_token(tokenizer, vocab_size=VOCAB_SIZE, wanted=None)
+    assert found.token_id == len(tokenizer) == 4080
+    full = find_mask_token(tokenizer, vocab_size=4080, wanted=None)
+    assert (full.token_id, full.candidates) == (None, {1: tokenizer.convert_ids_to_tokens(1)})
 
 
 def test_the_shipped_files_are_those_that_the_scripts_make() -> None:

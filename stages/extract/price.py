@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stages.extract.target import TargetParts
+from stages.extract.target import TOKENIZER_FILES, TargetParts
 from stages.target_shape import parse_target_shape
 from storage import ENCODINGS, INNER_TOKENS, CacheHeader
 
@@ -17,6 +17,7 @@ ASSUMED_DECODE_UTILISATION = 0.05  # assumption: the same of decoding in batches
 RATE_SECONDS = 0.3  # how long the matrix rate is measured
 COMPRESSED_SHARE = 0.70  # of bf16 states, measured: 0.66 to 0.70; what a cache really takes is known when it is there
 SHARD_FILE_BYTES = 16_384  # metadata, commit and samples file of a shard without its rows: 4 to 10 KB measured
+TARGET_EXTRA_BYTES = 131_072  # of target/: shape, chat template, final norm, tensor names (assumption)
 SAMPLE_ROW_BYTES = 512  # index, source file and row of a sample, before compression (assumption: names of 400 bytes)
 
 
@@ -62,16 +63,24 @@ def expected_bytes(num_bytes: int, header: CacheHeader) -> int:
     return int(num_bytes * COMPRESSED_SHARE) if header.encoding.compressed else num_bytes
 
 
-def bound_overhead(header: CacheHeader, *, num_samples: int, num_tokens: int) -> int:
+def count_target_bytes(parts: TargetParts, *, folder: Path, dtype: torch.dtype) -> int:
+    """Size of the cache's target/: the embedding, the head where it is another tensor, and the target's small files."""
+    rows = {id(module.weight): module.weight for module in (parts.embed_tokens, parts.lm_head)}
+    small = [folder / name for name in ("config.json", *TOKENIZER_FILES)]
+    files = sum(file.stat().st_size for file in small if file.is_file())
+    return sum(weight.numel() for weight in rows.values()) * dtype.itemsize + files + TARGET_EXTRA_BYTES
+
+
+def bound_overhead(header: CacheHeader, *, num_samples: int, num_tokens: int, target_bytes: int) -> int:
     """What a cache takes beside its states, in bytes, at most.
 
     A shard's last inner chunk is padded to 256 tokens, and two neighbouring shards hold more than `shard_bytes`
-    together; the plan has 5 bytes a token and a row a sample; target/ has embedding and head, at most 4 bytes a value.
+    together; the plan has 5 bytes a token and a row a sample; `target_bytes` as `count_target_bytes` says.
     """
     states = num_tokens * header.token_bytes
     num_shards = min(2 * states // header.identity.shard_bytes + 1, num_samples)
     padding = num_shards * (INNER_TOKENS * header.token_bytes + SHARD_FILE_BYTES)
-    return padding + 5 * num_tokens + SAMPLE_ROW_BYTES * num_samples + 2 * 4 * header.vocab_size * header.hidden_size
+    return padding + 5 * num_tokens + SAMPLE_ROW_BYTES * num_samples + target_bytes
 
 
 def price_tiers(header: CacheHeader, *, num_tokens: int) -> tuple[Tier, ...]:

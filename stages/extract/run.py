@@ -23,6 +23,7 @@ from stages.extract.price import (
     Price,
     bound_overhead,
     count_forward_parameters,
+    count_target_bytes,
     estimate_hours,
     expected_bytes,
     free_bytes,
@@ -247,8 +248,7 @@ def estimate(settings: Settings, *, check_target: CheckTarget | None = None) -> 
 
 def build_skeleton(inputs: Inputs, settings: Settings) -> targets.TargetParts:
     """The target without weights. Raises TargetError for one that cannot be loaded or cached."""
-    trust = settings.target.trust_remote_code
-    parts = targets.build_skeleton(inputs.folder, inputs.config, trust_remote_code=trust)
+    parts = targets.build_skeleton(inputs.folder, inputs.config, target=settings.target)
     check_blocks(parts, layers=inputs.header.identity.layers)
     return parts
 
@@ -269,7 +269,14 @@ def make_price(inputs: Inputs, settings: Settings, *, counts: SampleCounts, skel
         num_supervised=counts.num_supervised,
         bytes_per_token=expected_bytes(inputs.header.token_bytes, inputs.header),
         num_bytes=expected_bytes(counts.num_tokens * inputs.header.token_bytes, inputs.header),
-        num_overhead_bytes=bound_overhead(inputs.header, num_samples=counts.num_samples, num_tokens=counts.num_tokens),
+        num_overhead_bytes=bound_overhead(
+            inputs.header,
+            num_samples=counts.num_samples,
+            num_tokens=counts.num_tokens,
+            target_bytes=count_target_bytes(
+                skeleton, folder=inputs.folder, dtype=getattr(torch, settings.target.dtype)
+            ),
+        ),
         num_free_bytes=free_bytes(settings.cache.folder),
         encoding=inputs.header.identity.encoding,
         tiers=price_tiers(inputs.header, num_tokens=counts.num_tokens),

@@ -18,9 +18,9 @@ from storage import CacheHeader, PlannedSample
 
 MAX_CHECKED_TOKENS = 256  # of a document: under 2 % of a shard's tokens, whatever its length
 # Root mean square over tokens of ‖captured - own‖₂ / ‖own‖₂. Measured on the embedded target and seven tiny ones: what
-# the shape of a batch rounds is at most 2e-6, 2e-4 and 2e-3; the next block's states, another rope, and a neighbour's
-# recurrent state give 0.12 to 1.6. The limits leave room for deep targets, and for experts chosen by a hair.
-MAX_ERROR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# the shape of a batch rounds is at most 2e-6, 2e-4 and 2e-3; all rounding of targets of 24 to 64 layers is 4e-3 in
+# float16 and 0.03 in bfloat16. The next block's states, other positions, a neighbour's recurrent state: 0.12 to 1.6.
+MAX_ERROR = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @torch.inference_mode()
@@ -39,7 +39,7 @@ def check_shortest(
     hidden_TLD, last_TD = states.hidden_states[rows], states.last_hidden_states[rows]
     if not (hidden_TLD.isfinite().all() and last_TD.isfinite().all()):
         return
-    limit = max(MAX_ERROR[dtype] for dtype in (parts.dtype, last_TD.dtype))
+    limit = max(MAX_ERROR[parts.dtype], torch.finfo(last_TD.dtype).eps)  # states are rounded to the cache's dtype
     input_ids = torch.from_numpy(sample.input_ids[:num_tokens])[None].long().to(parts.device)
     output = parts.model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
     for name, error in _differences(output, hidden_TLD, last_TD, parts=parts, header=header):

@@ -41,6 +41,14 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
     """The target's transformers config, whole. Raises TargetError."""
     from transformers import AutoConfig
 
+    if not trust_remote_code and "auto_map" in (fields := read_json(folder / "config.json")):
+        from transformers import CONFIG_MAPPING
+
+        if fields.get("model_type") not in CONFIG_MAPPING:
+            raise TargetError(
+                f"{folder}/config.json: the model is Python code of its own repository; read that code, and if you "
+                "trust it, set target.trust_remote_code = true"
+            )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # validators of configs raise families of their own
@@ -130,18 +138,16 @@ def load_target(
     return find_parts(model)
 
 
-def build_skeleton(folder: Path, config: Any, *, trust_remote_code: bool) -> TargetParts:
+def build_skeleton(folder: Path, config: Any, *, target: TargetSection) -> TargetParts:
     """The target without weights, so that what cannot be loaded or cached is refused before anything is computed.
 
     Raises TargetError.
     """
+    trust = target.trust_remote_code
     try:
         with torch.device("meta"):
-            model = choose_class(config, trust_remote_code=trust_remote_code).from_config(
-                copy.deepcopy(config),
-                trust_remote_code=trust_remote_code,
-                attn_implementation="eager",
-                dtype=torch.bfloat16,
+            model = choose_class(config, trust_remote_code=trust).from_config(
+                copy.deepcopy(config), trust_remote_code=trust, attn_implementation="eager", dtype=torch.bfloat16
             )
     except TargetError:
         raise
@@ -149,6 +155,11 @@ def build_skeleton(folder: Path, config: Any, *, trust_remote_code: bool) -> Tar
         raise TargetError(
             f"{folder}: the target cannot be built: {type(error).__name__}: {first_line(error)}"
         ) from error
+    if target.attn_implementation == "sdpa" and read_field(model, "_supports_sdpa") is False:
+        raise TargetError(
+            f"target.attn_implementation: {type(model).__name__} does not compute its attention with sdpa; "
+            'set target.attn_implementation = "eager"'
+        )
     check_files(folder, config=config, model=model)
     return find_parts(model)
 
@@ -230,6 +241,8 @@ def write_target(destination: Path, *, folder: Path, parts: TargetParts, tokeniz
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, destination / name)
+    if not (destination / "tokenizer.json").is_file():  # made of older files, which no reader should have to know
+        tokenizer.backend_tokenizer.save(str(destination / "tokenizer.json"))
     if isinstance(tokenizer.chat_template, str):
         (destination / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     tensors = {
