@@ -13,7 +13,7 @@ from storage.bounds import MAX_RECORD_BYTES
 from storage.commit import CommitRecord, PlannedShard, check_commit, record_type
 from storage.errors import CacheCorruptError, CacheNotFoundError
 from storage.faults import fault_point
-from storage.files import disk_errors, hash_inside, sync_directory, write_atomic, write_durable
+from storage.files import check_folders, disk_errors, hash_inside, sync_directory, write_atomic, write_durable
 from storage.manifest import Manifest, parse_manifest
 from storage.remote import RemoteStore
 from storage.temps import remove_tree, temp_path
@@ -41,11 +41,12 @@ def fetch_commit(store: RemoteStore, planned: PlannedShard) -> CommitRecord:
     return record
 
 
-def fetch_recorded(store: RemoteStore, name: str, manifest: Manifest, *, root: Path) -> None:
-    """Copy a file of the plan into ``root`` unless it is there; it must be what the manifest says."""
+def fetch_recorded(store: RemoteStore, name: str, manifest: Manifest, *, root: Path, again: bool = False) -> None:
+    """Copy a file of the plan into ``root``; it must be what the manifest says. If one is there, only ``again``."""
     final, record = root / name, manifest.files[name]
-    if final.exists():
+    if os.path.lexists(final) and not again:
         return
+    check_folders(root)
     final.parent.mkdir(parents=True, exist_ok=True)
     temp = temp_path(root / final.name)
     try:
@@ -81,13 +82,22 @@ def fetch_shard(store: RemoteStore, planned: PlannedShard, record: CommitRecord)
             for directory, _, _ in os.walk(temp):
                 sync_directory(Path(directory))
             fault_point("fetch.synced")
-            remove_tree(final)  # what lies there has no record: a crash left it
+            _retire(planned)
+            remove_tree(final)  # what lies there has no record now: a crash left it, or it is damaged
             temp.rename(final)
     finally:
         remove_tree(temp)
     fault_point("fetch.renamed")
     sync_directory(final.parent)
     _publish_commit(planned, record)
+
+
+def _retire(planned: PlannedShard) -> None:
+    """Take back the record of a shard that is replaced, once the new copy is there and checked."""
+    commit = planned.root / layout.commit_name(planned.shard)
+    if os.path.lexists(commit):
+        commit.unlink()
+        sync_directory(commit.parent)
 
 
 def shard_bytes(planned: PlannedShard, record: CommitRecord) -> int:

@@ -12,6 +12,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from storage import layout
 from storage.errors import (
     CacheCorruptError,
     CacheError,
@@ -109,6 +110,15 @@ def sync_file(path: Path, flags: int = 0) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def check_folders(root: Path) -> None:
+    """Refuse a cache whose folders are links, before anything behind one is written. Raises CacheCorruptError."""
+    for name in (layout.SHARDS, layout.COMMITS, layout.SAMPLES, layout.TARGET):
+        if (root / name).is_symlink():
+            raise CacheCorruptError(
+                f"{root / name}: is a link, and nothing behind it is removed or written; a cache has no links"
+            )
 
 
 def open_inside(root: Path, name: str) -> int:

@@ -31,7 +31,7 @@ from storage.mounts import is_network_path
 from storage.plan import CachePlan, check_recorded, read_shard_samples
 from storage.read_ahead import ReadAhead
 from storage.remote import is_remote
-from storage.samples import ShardTokens, concatenate
+from storage.samples import PlannedSample, ShardTokens, concatenate
 from storage.shard_files import Access, States, open_arrays
 from storage.staging import Lease, StagedCache
 
@@ -135,11 +135,18 @@ class CacheReader(Sequence[Sample]):
         row, shard, tokens = self._locate(index)
         opened = self._open_shard(shard)
         columns = self._plan.index
+        try:
+            hidden_TLD, last_TD = (states.read(tokens.start, tokens.stop) for states in (opened.hidden, opened.last))
+        except (CacheCorruptError, CacheFormatError):
+            if self._staged is None:
+                raise
+            opened = self._heal_shard(shard, self._staged)
+            hidden_TLD, last_TD = (states.read(tokens.start, tokens.stop) for states in (opened.hidden, opened.last))
         sample = Sample(
             input_ids=torch.from_numpy(opened.tokens.input_ids[tokens].copy()),
             loss_mask=torch.from_numpy(opened.tokens.loss_mask[tokens].copy()),
-            hidden_states=self._select(opened.hidden.read(tokens.start, tokens.stop)),
-            last_hidden_states=opened.last.read(tokens.start, tokens.stop),
+            hidden_states=self._select(hidden_TLD),
+            last_hidden_states=last_TD,
             num_tokens=tokens.stop - tokens.start,
             sample_id=int(columns.sample_ids[row]),
             split=SPLITS[columns.split_codes[row]],
@@ -230,15 +237,23 @@ class CacheReader(Sequence[Sample]):
             raise CacheFormatError(
                 f"{self.path / layout.MANIFEST}: names no {', '.join(missing)}; extract the cache again with its target"
             )
-        if self._staged is not None:
-            self._staged.fetch_target()
         for name in files:
             if not name.endswith(".safetensors") and self.manifest.files[name].num_bytes > MAX_TARGET_TEXT_BYTES:
                 raise CacheFormatError(
                     f"{self.path / name}: is larger than {MAX_TARGET_TEXT_BYTES} bytes; it is not read"
                 )
-            check_recorded(self.path, name, self.manifest)
+            self._check_file(name)
         return self.target_dir
+
+    def _check_file(self, name: str) -> None:
+        if self._staged is not None:
+            self._staged.fetch_file(name)
+        try:
+            check_recorded(self.path, name, self.manifest)
+        except CacheCorruptError:
+            if self._staged is None:
+                raise
+            self._staged.fetch_file(name, again=True)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -303,25 +318,57 @@ class CacheReader(Sequence[Sample]):
         with state.lock:
             opened = state.shards.get(shard)
             if opened is None:
-                opened = state.shards[shard] = self._read_shard(shard, tokens, lease)
+                opened = state.shards[shard] = self._read_or_heal(shard, tokens, lease)
             if self._staged is not None:  # of shards that no plan needs, one at a time: others may want the space
                 for other in [other for other in state.shards if other != shard and not _is_needed(state, other)]:
                     _close(state.shards.pop(other))
             _trim(state.shards)
             return opened
 
+    def _heal_shard(self, shard: int, staged: StagedCache) -> _OpenShard:
+        """Open a shard again whose staged copy proved damaged, once it is fetched anew."""
+        state = self._own_state()
+        with state.lock:
+            damaged = state.shards.pop(shard, None)
+        lease = damaged.lease if damaged else None
+        lease = lease or staged.acquire(shard, release=lambda: self._release(state))
+        staged.heal(shard)
+        tokens = self._open_tokens(shard)
+        with state.lock:
+            opened = state.shards[shard] = self._read_shard(shard, tokens, lease)
+            return opened
+
+    def _read_or_heal(self, shard: int, tokens: ShardTokens, lease: Lease | None) -> _OpenShard:
+        """Open a shard; the copy of a remote one is fetched again, once, if it is damaged."""
+        try:
+            return self._read_shard(shard, tokens, lease)
+        except (CacheCorruptError, CacheFormatError):
+            if self._staged is None:
+                raise
+        self._staged.heal(shard)
+        return self._read_shard(shard, tokens, lease)
+
     def _open_tokens(self, shard: int) -> ShardTokens:
-        state, plan = self._own_state(), self._plan
+        state = self._own_state()
         with state.lock:
             tokens = state.tokens.get(shard)
             if tokens is None:
-                if self._staged is not None:
-                    self._staged.fetch_samples(shard)
-                tokens = concatenate(read_shard_samples(plan.path, plan.manifest, plan.index, shard))
-                state.tokens[shard] = tokens
+                tokens = state.tokens[shard] = concatenate(self._read_samples(shard))
             state.tokens.move_to_end(shard)
             _trim(state.tokens)
             return tokens
+
+    def _read_samples(self, shard: int) -> list[PlannedSample]:
+        if self._staged is not None:
+            self._staged.fetch_samples(shard)
+        plan = self._plan
+        try:
+            return read_shard_samples(plan.path, plan.manifest, plan.index, shard)
+        except (CacheCorruptError, CacheFormatError):
+            if self._staged is None:
+                raise
+        self._staged.fetch_samples(shard, again=True)
+        return read_shard_samples(plan.path, plan.manifest, plan.index, shard)
 
     def _stage(self, state: _State, shard: int) -> Lease | None:
         """Have the shard of a remote cache in the staging folder."""
