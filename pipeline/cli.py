@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from pipeline import show
 from pipeline.config import Config, ConfigError, load_config, to_toml
 from pipeline.logs import configure_logs
+from pipeline.show import PlainConsole
 from stages.extract.settings import CacheSection
 from stages.extract.share import ALONE, Share
 from stages.whole_files import write_whole
 from storage import CacheError
 from storage.remote import is_remote
+from storage.text import plain
 
 if TYPE_CHECKING:
     from stages.train.export import Form
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = Path("configs/embedded.toml")
 DEFAULT_SWEEP = Path("configs/sweep.toml")
 
-console = Console(soft_wrap=True, highlight=False)
+console = PlainConsole(soft_wrap=True)
 
 
 class _PathOrAddress(click.Path):
@@ -61,9 +62,11 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except (ConfigError, CacheError, StageError) as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(plain(str(error))) from error
         except OSError as error:  # no permission, a file where a folder should be, no such file
-            raise click.ClickException(f"{error}") from error
+            raise click.ClickException(plain(str(error))) from error
+        except MemoryError as error:
+            raise click.ClickException("out of memory; see what else runs on this machine") from error
         except KeyboardInterrupt:
             click.echo("interrupted; the same command continues from the last shard or checkpoint", err=True)
             sys.exit(130)

@@ -28,6 +28,7 @@ from stages.regenerate.work import Backend
 from stages.regeneration_record import MANIFEST, RegenerationIdentity, RegenerationManifest
 from stages.signals import ask_on_signals
 from stages.target_config import choose_max_length
+from storage.text import redact
 
 NOTICE = "answers on their way are waited for, ten seconds at most, or a batch in progress is given up"
 NUM_REASONS_SHOWN = 5
@@ -68,8 +69,8 @@ def regenerate(config: Config, *, endpoint: str | None, is_local: bool) -> Regen
     manifest = RegenerationManifest(
         identity=_identify(config, asked, digest=_digest_prompts(prompts, config), is_local=is_local),
         provenance={
-            "target": config.target.model,
-            "data": " ".join(config.data.files),
+            "target": redact(config.target.model),
+            "data": redact(" ".join(config.data.files)),
             "transformers": transformers.__version__,
         },
     )

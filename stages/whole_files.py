@@ -4,13 +4,18 @@ import os
 import uuid
 from pathlib import Path
 
+from storage.text import redact
+
 
 def write_whole(file: Path, data: str | bytes) -> None:
-    """Write text as UTF-8, or bytes; a crash leaves the old file or the new one. Raises OSError."""
+    """Write text as UTF-8 and without secrets, or bytes as they are; a crash leaves the old file or the new one.
+
+    Raises OSError.
+    """
     temp = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat in containers
     try:
         with temp.open("wb") as stream:
-            stream.write(data.encode("utf-8") if isinstance(data, str) else data)
+            stream.write(redact(data).encode("utf-8") if isinstance(data, str) else data)
             stream.flush()
             os.fsync(stream.fileno())
         temp.replace(file)

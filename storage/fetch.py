@@ -6,12 +6,13 @@ commit record.
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from storage import layout
 from storage.bounds import MAX_RECORD_BYTES
-from storage.commit import CommitRecord, PlannedShard, check_commit, record_type
-from storage.errors import CacheCorruptError, CacheNotFoundError
+from storage.commit import CommitRecord, PlannedShard, check_commit, parse_commits, record_type
+from storage.errors import CacheCorruptError, CacheNotFoundError, CacheReadError
 from storage.faults import fault_point
 from storage.files import check_folders, disk_errors, hash_inside, sync_directory, write_atomic, write_durable
 from storage.manifest import Manifest, parse_manifest
@@ -19,6 +20,8 @@ from storage.remote import RemoteStore
 from storage.temps import remove_tree, temp_path
 from storage.verify import find_array_problems
 from storage.zarr_array import ArraySpec, group_metadata
+
+NUM_QUESTIONS = 16  # whether a file is there, at a time: each waits for a round trip
 
 
 def fetch_manifest(store: RemoteStore) -> Manifest:
@@ -30,6 +33,25 @@ def fetch_manifest(store: RemoteStore) -> Manifest:
             f"{store.where(layout.MANIFEST)}: not found, so no cache is here; check the address, or dspark push one"
         ) from error
     return parse_manifest(data, where=store.where(layout.MANIFEST))
+
+
+def list_store_commits(store: RemoteStore, num_shards: int) -> tuple[set[int], set[int]]:
+    """Shards that have a record in the store, and shards that have a marker of excluded samples.
+
+    A web server need not list its directories: there each planned record that no list has named is asked for by name.
+    """
+    try:
+        commits, markers = parse_commits(store.list_names(layout.COMMITS))
+    except CacheReadError:
+        if not store.may_not_list:
+            raise
+        commits, markers = set(), set()
+    unlisted = sorted(set(range(num_shards)) - commits) if store.may_not_list else []
+    with ThreadPoolExecutor(NUM_QUESTIONS) as pool:
+        for found, name in ((commits, layout.commit_name), (markers, layout.excluded_name)):
+            answers = pool.map(store.exists, map(name, unlisted))
+            found |= {shard for shard, is_there in zip(unlisted, answers, strict=True) if is_there}
+    return commits, markers
 
 
 def fetch_commit(store: RemoteStore, planned: PlannedShard) -> CommitRecord:

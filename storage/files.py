@@ -47,7 +47,8 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise CacheWriteError(
-            f"{where}: cannot write: {error.strerror}; see to the disk and run extract again, committed shards are kept"
+            f"{where}: cannot write: {error.strerror}; see to the disk and run the same command again, committed "
+            "shards are kept"
         ) from error
 
 
@@ -59,7 +60,7 @@ def space_errors(where: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CacheSpaceError(
-                f"{where}: cannot write: {error.strerror}; free some space and run extract again, "
+                f"{where}: cannot write: {error.strerror}; free some space and run the same command again, "
                 "committed shards are kept"
             ) from error
         raise

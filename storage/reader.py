@@ -34,6 +34,7 @@ from storage.remote import is_remote
 from storage.samples import PlannedSample, ShardTokens, concatenate
 from storage.shard_files import Access, States, open_arrays
 from storage.staging import Lease, StagedCache
+from storage.text import redact
 
 Io = Literal["auto", "mmap", "pread"]
 Checks = Literal["touch", "size"]
@@ -122,7 +123,7 @@ class CacheReader(Sequence[Sample]):
         self._mapped = io == "mmap" or (io == "auto" and not is_network_path(self._plan.path))
         self._partial = partial
         listed = self._staged.list_commits() if self._staged else list_commits(self._plan.path)
-        commits, markers = _check_commits(self._plan, listed, where=self._source[0], partial=partial)
+        commits, markers = _check_commits(self._plan, listed, where=self.place, partial=partial)
         self._markers = commits & markers
         read_record = self._staged.read_commit if self._staged else _read_excluding
         self._rows = _kept_rows(self._plan, commits, self._markers, read_record)
@@ -206,8 +207,8 @@ class CacheReader(Sequence[Sample]):
 
     @property
     def place(self) -> Path | str:
-        """The cache directory or the address that the reader was opened with."""
-        return self._source[0]
+        """The cache directory or the address that the reader was opened with, without a login."""
+        return redact(place) if isinstance(place := self._source[0], str) else place
 
     @property
     def is_remote(self) -> bool:
@@ -468,7 +469,8 @@ def _check_commits(
     if missing and not partial:
         raise CacheIncompleteError(
             f"{where}: {len(missing)} of {plan.num_shards} shards are missing (first: {missing[0]}); run the same "
-            "extract (or import) command again to finish it" + (", then push it again" if is_remote(where) else "")
+            "extract (or import, or pull) command again to finish it"
+            + (", then push it again" if is_remote(where) else "")
         )
     foreign = sorted((commits | markers) - set(range(plan.num_shards)))
     if foreign:

@@ -25,10 +25,10 @@ from functools import partial
 from pathlib import Path
 
 from storage import layout
-from storage.commit import CommitRecord, PlannedShard, parse_commits
+from storage.commit import CommitRecord, PlannedShard
 from storage.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, CacheReadError, CacheSpaceError
 from storage.faults import fault_point
-from storage.fetch import fetch_commit, fetch_manifest, fetch_recorded, fetch_shard, shard_bytes
+from storage.fetch import fetch_commit, fetch_manifest, fetch_recorded, fetch_shard, list_store_commits, shard_bytes
 from storage.files import check_folders, sync_directory, write_atomic
 from storage.locks import exclusive, lock, locked_shard, open_lock, unlock
 from storage.manifest import Manifest
@@ -123,7 +123,7 @@ class StagedCache:
 
     def list_commits(self) -> tuple[set[int], set[int]]:
         """Shards that have a record in the store, and shards that have a marker of excluded samples."""
-        return parse_commits(self.store.list_names(layout.COMMITS))
+        return list_store_commits(self.store, self.plan.num_shards)
 
     def read_commit(self, planned: PlannedShard) -> CommitRecord:
         """A shard's record in the store."""

@@ -26,13 +26,14 @@ from storage.errors import (
     CacheUsageError,
 )
 from storage.faults import fault_point
-from storage.fetch import fetch_commit, fetch_manifest, fetch_recorded, fetch_shard, shard_bytes
+from storage.fetch import fetch_commit, fetch_manifest, fetch_recorded, fetch_shard, list_store_commits, shard_bytes
 from storage.files import read_inside
 from storage.locks import locked_shard
 from storage.manifest import Manifest
 from storage.plan import CachePlan, check_recorded
 from storage.plan_files import copy_plan
 from storage.remote import RemoteStore, is_remote
+from storage.text import format_duration
 from storage.verify import find_array_problems
 from storage.writer import CacheWriter
 from storage.zarr_array import group_metadata
@@ -92,7 +93,7 @@ def pull_cache(url: str, path: str | os.PathLike[str]) -> TransferResult:
     except CacheNotFoundError:
         copy_plan(root, manifest, lambda name: fetch_recorded(store, name, manifest, root=root))
     plan = CacheWriter(root).plan  # which also removes what the dead have left
-    commits, _ = parse_commits(store.list_names(layout.COMMITS))
+    commits, _ = list_store_commits(store, plan.num_shards)
     return _copy_shards("pulled", plan, commits, partial(_pull_shard, store, plan))
 
 
@@ -113,7 +114,7 @@ def _copy_shards(verb: str, plan: CachePlan, commits: set[int], copy: Callable[[
             if num_bytes:
                 seconds = time.monotonic() - started
                 rate = sum(size or 0 for size in sizes) / seconds
-                eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (total - done_tokens) / done_tokens))
+                eta = format_duration(seconds * (total - done_tokens) / done_tokens)
                 logger.info(
                     "shard %6d  %s  %5d/%d  %8.1f MB  %8.1f MB/s  ETA %s",
                     shard, verb, len(sizes), len(wanted), num_bytes / 1e6, rate / 1e6, eta,

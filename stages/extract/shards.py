@@ -28,6 +28,7 @@ from stages.extract.capture import CapturedBatch, find_non_finite
 from stages.extract.decode_error import choose_positions, total_variation
 from stages.extract.settings import ExtractSection
 from storage import CacheBusyError, CachePlan, CacheWriter, PlannedSample, ShardWriter, plan_batches
+from storage.text import format_duration
 
 MAX_BATCHES_ALIVE = 8
 
@@ -203,7 +204,7 @@ class Progress:
         self._tokens += self._plan.planned_shard(shard).num_tokens
         seconds = time.monotonic() - self._started
         rate = self._tokens / seconds
-        eta = time.strftime("%H:%M:%S", time.gmtime((self._total - self._tokens) / rate))
+        eta = format_duration((self._total - self._tokens) / rate)
         num_bytes = self._tokens * self._plan.header.token_bytes
         return (
             f"shard {shard:6d}  {self._shards:6d}/{self._num_shards}  {self._tokens:13,d}/{self._total:,d} tokens  "
