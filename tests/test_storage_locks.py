@@ -57,10 +57,7 @@ def test_a_lock_that_fails_otherwise_is_an_error(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(fcntl, "flock", refuse(number))
     with pytest.raises(CacheReadError, match=f"cannot be locked: {os.strerror(number)}"):
         fill_cache(tmp_path / "c")
-    with (
-        pytest.raises(CheckpointError, match=f"cannot be locked: {os.strerror(number)}"),
-        training._exclusive(tmp_path / "r"),
-    ):
+    with pytest.raises(CheckpointError, match="cannot be locked"), training._exclusive(tmp_path / "r"):
         pass
     with pytest.raises(CacheReadError, match="cannot be locked"):
         study._lock(tmp_path / "trial")
