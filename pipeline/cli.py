@@ -21,6 +21,7 @@ from stages.extract.share import ALONE, Share
 from stages.whole_files import write_whole
 from storage import CacheError
 from storage.remote import is_remote
+from storage.text import plain
 
 if TYPE_CHECKING:
     from stages.train.export import Form
@@ -68,9 +69,11 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except (ConfigError, CacheError, StageError) as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(plain(str(error))) from error
         except OSError as error:  # no permission, a file where a folder should be, no such file
-            raise click.ClickException(f"{error}") from error
+            raise click.ClickException(plain(str(error))) from error
+        except MemoryError as error:
+            raise click.ClickException("out of memory; see what else runs on this machine") from error
         except KeyboardInterrupt:
             click.echo("interrupted; the same command continues from the last shard or checkpoint", err=True)
             sys.exit(130)

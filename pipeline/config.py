@@ -17,6 +17,7 @@ from stages.extract.settings import CacheSection, DataSection, ExtractSection, T
 from stages.regenerate.settings import RegenerateSection
 from stages.section import Section
 from stages.train.settings import DraftSection, ObjectiveSection, TrainSection
+from storage.text import redact
 
 REQUIRED = ("target", "data", "cache")
 
@@ -77,7 +78,7 @@ def _to_json(tables: dict[str, Any], *, where: str) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved config as TOML that `load_config` reads back; keys without a value are left out."""
+    """The resolved config as TOML that `load_config` reads back, without secrets; keys without a value are left out."""
     lines: list[str] = []
     for section, table in config.model_dump(mode="python", exclude_none=True).items():
         lines.append(f"[{section}]")
@@ -154,4 +155,4 @@ def _toml_value(value: Any) -> str:
         return "{ " + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + " }"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    return json.dumps(str(value), ensure_ascii=False)
+    return json.dumps(redact(str(value)), ensure_ascii=False)

@@ -3,19 +3,33 @@
 import logging
 import os
 import time
-from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
 from storage.progress import Position, position_of
+from storage.text import format_duration, plain
 
 LIBRARIES = (
     "transformers", "huggingface_hub", "fsspec", "httpx", "httpx2", "openai", "torch", "aiobotocore", "botocore",
 )  # fmt: skip
 LINE_SECONDS = 10.0  # where there is no terminal, a line of progress that often
 
-console = Console(soft_wrap=True, highlight=False)
+
+class PlainConsole(Console):
+    """A console that shows every string as it is: no markup, nothing that a terminal obeys, no secrets."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text, fit for a terminal; whatever is printed as a string passes here."""
+        return super().render_str(plain(text), **(options | {"markup": False, "emoji": False}))
+
+
+console = PlainConsole(soft_wrap=True)
 """Where commands print: one, so that what is printed and a live bar do not overwrite each other."""
 
 
@@ -23,6 +37,7 @@ def configure_logs(*, verbose: bool) -> None:
     """Messages to standard output; `verbose` shows debug messages, the libraries' own, and every line of progress."""
     has_bar = console.is_terminal and not verbose
     handler = ConsoleHandler(console, has_bar=has_bar)
+    handler.setFormatter(PlainFormatter("%(message)s"))
     if not (has_bar or verbose):
         handler.addFilter(LinePacer())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
@@ -31,6 +46,21 @@ def configure_logs(*, verbose: bool) -> None:
         for library in LIBRARIES:
             logging.getLogger(library).setLevel(logging.ERROR)
         _quiet_transformers()
+
+
+class _PlainFormatter(logging.Formatter):
+    """Messages name what files and users bring: shown without what a terminal obeys, and without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
+class PlainFormatter(logging.Formatter):
+    """Messages name what files and users bring: shown without what a terminal obeys, and without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, fit for a terminal and a file."""
+        return plain(super().format(record))
 
 
 def _quiet_transformers() -> None:
@@ -88,7 +118,7 @@ class ConsoleHandler(logging.Handler):
 
 
 def _print(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
 class _Bar:
@@ -114,7 +144,7 @@ class _Bar:
             self._task = self._progress.add_task(position.name, total=position.total, eta="", line="")
             self._name = position.name
             self._progress.start()
-        eta = timedelta(seconds=int(position.eta_seconds))
+        eta = format_duration(position.eta_seconds)
         self._progress.update(
             self._task, completed=position.done, total=position.total, eta=f"ETA {eta}", line=" ".join(line.split())
         )

@@ -5,7 +5,7 @@ a child. When the child dies, the other ranks go on and take over its shards; it
 ended, and not at all if the cache is complete by then.
 """
 
-import fcntl
+import contextlib
 import logging
 import os
 import signal
@@ -14,6 +14,8 @@ import threading
 from pathlib import Path
 
 from storage import CacheError, CacheWriter
+from storage.errors import CacheReadError
+from storage.locks import lock
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def _end_with_keeper(is_alive: int) -> None:
 def _keep(child: int, cache: Path) -> int:
     """Wait for the child; the keeper's exit status."""
     keepers = os.open(cache, os.O_RDONLY)  # each keeper holds the folder's lock with the others while it lives
-    _lock(keepers, fcntl.LOCK_SH)
+    _lock(keepers, cache, shared=True)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: os.kill(child, received))
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -55,7 +57,7 @@ def _keep(child: int, cache: Path) -> int:
         logger.error("rank %s: the cache is not planned; run the same command again", rank)
         return 1
     logger.warning("rank %s: the others go on and take over its shards", rank)
-    _lock(keepers, fcntl.LOCK_EX)  # given once every other keeper has ended or given up
+    _lock(keepers, cache, shared=False)  # given once every other keeper has ended or given up
     missing = _count_missing(cache)
     if missing == 0:
         logger.warning("rank %s had ended early, and the others have completed the cache", rank)
@@ -64,11 +66,10 @@ def _keep(child: int, cache: Path) -> int:
     return 1
 
 
-def _lock(folder: int, kind: int) -> None:
-    try:
-        fcntl.flock(folder, kind)
-    except OSError:  # a file system without locks: then this rank's end is the end of all of them
-        logger.debug("no locks here", exc_info=True)
+def _lock(folder: int, cache: Path, *, shared: bool) -> None:
+    """Wait for the folder's lock; where there is none to be had, this rank's end is the end of all of them."""
+    with contextlib.suppress(CacheReadError):  # NFS locks nothing exclusively that is open for reading alone
+        lock(folder, cache, shared=shared, wait=True)
 
 
 def _count_missing(cache: Path) -> int | None:

@@ -31,6 +31,7 @@ from stages.regeneration_record import MANIFEST, RegenerationIdentity, Regenerat
 from stages.signals import ask_on_signals
 from stages.target_config import choose_max_length
 from stages.target_shape import parse_target_shape
+from storage.text import redact
 
 NOTICE = "answers on their way are waited for, ten seconds at most, or what a batch has finished is kept"
 NUM_REASONS_SHOWN = 5
@@ -81,8 +82,8 @@ def regenerate(
     manifest = RegenerationManifest(
         identity=_identify(config, asked, digest=_digest_prompts(prompts, config), is_local=is_local),
         provenance={
-            "target": config.target.model,
-            "data": " ".join(config.data.files),
+            "target": redact(config.target.model),
+            "data": redact(" ".join(config.data.files)),
             "transformers": transformers.__version__,
         },
     )

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.logs import LINE_SECONDS
+from pipeline.logs import LINE_SECONDS, PlainConsole
 from storage import ENCODINGS, CacheReader, RepairReport, TransferResult, VerifyReport
+from storage.text import format_bytes, format_duration, plain, printable
 
 if TYPE_CHECKING:  # what these import takes seconds
     from pipeline.inspection import Histogram, Inspection, StateSample
@@ -45,7 +45,9 @@ def price(console: Console, price: Price, counts: SampleCounts) -> None:
     table.add_row(
         "beside them", f"at most {format_bytes(price.num_overhead_bytes)}: padding of shards, tokens, the target's head"
     )
-    table.add_row("free disk", format_bytes(price.num_free_bytes) + ("" if price.fits else "  [red]does not fit[/red]"))
+    table.add_row(
+        "free disk", Text.assemble(format_bytes(price.num_free_bytes), ("" if price.fits else "  does not fit", "red"))
+    )
     if price.hours:  # an import computes none
         table.add_row("forward passes", f"about {_hours(price.hours)} on this machine's {price.device}")
     console.print(table)
@@ -112,8 +114,9 @@ def transfer(console: Console, result: TransferResult, *, source: str | Path, de
     """What a push or a pull did."""
     if result.num_missing:
         console.print(
-            f"[red]{source} is incomplete[/red]: {result.num_missing} of {result.num_shards} shards are not committed "
-            "there; finish it and run this again",
+            Text(plain(f"{source} is incomplete"), style="red")
+            + f": {result.num_missing} of {result.num_shards} shards are not committed there; finish it and run this "
+            "again"
         )
     if result.num_busy:
         console.print(f"{result.num_busy} shards are left to another process that is writing them", markup=False)
@@ -185,7 +188,7 @@ def _auc(value: float | None) -> str:
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal's stderr, a line every ten seconds elsewhere; gives a function of (done, total)."""
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     started = reported = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -197,8 +200,8 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
             now = time.monotonic()
             if not console.is_terminal and done and now - reported >= LINE_SECONDS:
                 reported = now
-                eta = timedelta(seconds=int((now - started) * (total - done) / done))
-                console.print(f"{title} {done:,}/{total:,}  ETA {eta}", markup=False, highlight=False)
+                eta = format_duration((now - started) * (total - done) / done)
+                console.print(f"{title} {done:,}/{total:,}  ETA {eta}")
 
         yield show
 
@@ -248,8 +251,9 @@ def remote_cache(console: Console, reader: CacheReader) -> None:
             table.add_row(f"split {split}", f"{counts.num_samples:,} samples, {counts.num_tokens:,} tokens")
         table.add_row("tokens", f"{plan.num_tokens:,}, {plan.num_supervised / plan.num_tokens:.1%} supervised")
         table.add_row("payload", f"{format_bytes(plan.payload_bytes)}, {manifest.header.token_bytes:,} bytes a token")
-        quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]).astype(int)
-        table.add_row("tokens a sample", "min {} | 25 % {} | median {} | 75 % {} | max {}".format(*quantiles))
+        if len(lengths):  # no shard need be there yet
+            quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]).astype(int)
+            table.add_row("tokens a sample", "min {} | 25 % {} | median {} | 75 % {} | max {}".format(*quantiles))
         for reason, count in plan.dropped.items():
             table.add_row("left out or cut", f"{count:,} x {reason}")
     console.print(table)
@@ -351,13 +355,16 @@ def _some(shards: Sequence[int]) -> str:
     return ", ".join(map(str, shards[:10])) + (f" and {len(shards) - 10} more" if len(shards) > 10 else "")
 
 
-def printable(text: str) -> str:
-    """Text that a damaged or hostile cache may have chosen, without what a terminal would obey or refuse."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+class _PlainTable(Table):
+    """A table whose texts are what they are: no markup, nothing that a terminal obeys, no secrets."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row; a string is shown as it is."""
+        super().add_row(*(Text(plain(cell)) if isinstance(cell, str) else cell for cell in cells), **options)
 
 
 def _table(title: str) -> Table:
-    table = Table(title=title, show_header=False, **_LEFT)
+    table = _PlainTable(title=Text(plain(title), style="bold"), show_header=False, title_justify="left")
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     return table
@@ -373,14 +380,6 @@ def format_rate(rate: float) -> str:
     if round(rate, 1) >= 10 or rate == 0:
         return f"{rate:,.0f}"
     return f"{rate:.1f}" if rate >= 1 else f"{rate:#.2g}"
-
-
-def format_bytes(count: int) -> str:
-    """In the largest unit that it fills, from MB on."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count:,} bytes"
 
 
 def _hours(hours: float) -> str:

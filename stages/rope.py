@@ -220,6 +220,6 @@ def _explicit(theta: float, factors: list[float], *, original: int, attention: f
 
 def _ropes(rope: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     """The target's ropes: one, or one for each layer type."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope or {}
     nested = [part for part in rope.values() if isinstance(part, dict)]
     yield from nested or [rope]

@@ -4,18 +4,19 @@ import os
 from pathlib import Path
 
 from storage.temps import remove_stale_temps, temp_path
+from storage.text import redact
 
 
 def write_whole(file: Path, data: str | bytes) -> None:
-    """Write text as UTF-8, or bytes; a crash leaves the old file or the new one. Raises OSError.
+    """Write text as UTF-8 and without secrets, or bytes as they are; a crash leaves the old file or the new one.
 
-    What a killed writer left beside the file is removed.
+    What a killed writer left beside the file is removed. Raises OSError.
     """
     temp = temp_path(file)
     try:
         remove_stale_temps([file.parent])
         with temp.open("wb") as stream:
-            stream.write(data.encode("utf-8") if isinstance(data, str) else data)
+            stream.write(redact(data).encode("utf-8") if isinstance(data, str) else data)
             stream.flush()
             os.fsync(stream.fileno())
         temp.replace(file)

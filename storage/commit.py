@@ -184,7 +184,7 @@ def read_commit(planned: PlannedShard, *, has_marker: bool) -> CommitRecord:
     try:
         data = read_inside(planned.root, name, max_bytes=planned.max_commit_bytes)
     except FileNotFoundError as error:
-        raise CacheCorruptError(f"{where}: is gone; run extract again to compute this shard") from error
+        raise CacheCorruptError(f"{where}: is gone; {remedy(planned.shard)}") from error
     record = record_type(planned).parse(data, where=str(where))
     check_commit(record, planned, where=str(where))
     if bool(record.excluded) != has_marker:

@@ -6,19 +6,22 @@ commit record.
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from storage import layout
 from storage.bounds import MAX_RECORD_BYTES
-from storage.commit import CommitRecord, PlannedShard, check_commit, record_type
-from storage.errors import CacheCorruptError, CacheNotFoundError
+from storage.commit import CommitRecord, PlannedShard, check_commit, parse_commits, record_type
+from storage.errors import CacheCorruptError, CacheNotFoundError, CacheReadError
 from storage.faults import fault_point
-from storage.files import disk_errors, hash_inside, sync_directory, write_atomic, write_durable
+from storage.files import check_folders, disk_errors, hash_inside, sync_directory, write_atomic, write_durable
 from storage.manifest import Manifest, parse_manifest
 from storage.remote import RemoteStore
 from storage.temps import remove_tree, temp_path
 from storage.verify import find_array_problems
 from storage.zarr_array import ArraySpec, group_metadata
+
+NUM_QUESTIONS = 16  # whether a file is there, at a time: each waits for a round trip
 
 
 def fetch_manifest(store: RemoteStore) -> Manifest:
@@ -32,6 +35,25 @@ def fetch_manifest(store: RemoteStore) -> Manifest:
     return parse_manifest(data, where=store.where(layout.MANIFEST))
 
 
+def list_store_commits(store: RemoteStore, num_shards: int) -> tuple[set[int], set[int]]:
+    """Shards that have a record in the store, and shards that have a marker of excluded samples.
+
+    A web server need not list its directories: there each planned record that no list has named is asked for by name.
+    """
+    try:
+        commits, markers = parse_commits(store.list_names(layout.COMMITS))
+    except CacheReadError:
+        if not store.may_not_list:
+            raise
+        commits, markers = set(), set()
+    unlisted = sorted(set(range(num_shards)) - commits) if store.may_not_list else []
+    with ThreadPoolExecutor(NUM_QUESTIONS) as pool:
+        for found, name in ((commits, layout.commit_name), (markers, layout.excluded_name)):
+            answers = pool.map(store.exists, map(name, unlisted))
+            found |= {shard for shard, is_there in zip(unlisted, answers, strict=True) if is_there}
+    return commits, markers
+
+
 def fetch_commit(store: RemoteStore, planned: PlannedShard) -> CommitRecord:
     """A shard's record in the store, held against the plan."""
     where = store.where(layout.commit_name(planned.shard))
@@ -41,11 +63,12 @@ def fetch_commit(store: RemoteStore, planned: PlannedShard) -> CommitRecord:
     return record
 
 
-def fetch_recorded(store: RemoteStore, name: str, manifest: Manifest, *, root: Path) -> None:
-    """Copy a file of the plan into ``root`` unless it is there; it must be what the manifest says."""
+def fetch_recorded(store: RemoteStore, name: str, manifest: Manifest, *, root: Path, again: bool = False) -> None:
+    """Copy a file of the plan into ``root``; it must be what the manifest says. If one is there, only ``again``."""
     final, record = root / name, manifest.files[name]
-    if final.exists():
+    if os.path.lexists(final) and not again:
         return
+    check_folders(root)
     final.parent.mkdir(parents=True, exist_ok=True)
     temp = temp_path(root / final.name)
     try:
@@ -81,13 +104,22 @@ def fetch_shard(store: RemoteStore, planned: PlannedShard, record: CommitRecord)
             for directory, _, _ in os.walk(temp):
                 sync_directory(Path(directory))
             fault_point("fetch.synced")
-            remove_tree(final)  # what lies there has no record: a crash left it
+            _retire(planned)
+            remove_tree(final)  # what lies there has no record now: a crash left it, or it is damaged
             temp.rename(final)
     finally:
         remove_tree(temp)
     fault_point("fetch.renamed")
     sync_directory(final.parent)
     _publish_commit(planned, record)
+
+
+def _retire(planned: PlannedShard) -> None:
+    """Take back the record of a shard that is replaced, once the new copy is there and checked."""
+    commit = planned.root / layout.commit_name(planned.shard)
+    if os.path.lexists(commit):
+        commit.unlink()
+        sync_directory(commit.parent)
 
 
 def shard_bytes(planned: PlannedShard, record: CommitRecord) -> int:

@@ -12,6 +12,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from storage import layout
 from storage.errors import (
     CacheCorruptError,
     CacheError,
@@ -46,7 +47,8 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise CacheWriteError(
-            f"{where}: cannot write: {error.strerror}; see to the disk and run extract again, committed shards are kept"
+            f"{where}: cannot write: {error.strerror}; see to the disk and run the same command again, committed "
+            "shards are kept"
         ) from error
 
 
@@ -58,7 +60,7 @@ def space_errors(where: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CacheSpaceError(
-                f"{where}: cannot write: {error.strerror}; free some space and run extract again, "
+                f"{where}: cannot write: {error.strerror}; free some space and run the same command again, "
                 "committed shards are kept"
             ) from error
         raise
@@ -109,6 +111,15 @@ def sync_file(path: Path, flags: int = 0) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def check_folders(root: Path) -> None:
+    """Refuse a cache whose folders are links, before anything behind one is written. Raises CacheCorruptError."""
+    for name in (layout.SHARDS, layout.COMMITS, layout.SAMPLES, layout.TARGET):
+        if (root / name).is_symlink():
+            raise CacheCorruptError(
+                f"{root / name}: is a link, and nothing behind it is removed or written; a cache has no links"
+            )
 
 
 def open_inside(root: Path, name: str) -> int:

@@ -21,6 +21,7 @@ LAST_HIDDEN_STATES = "last_hidden_states"
 SCALE_SUFFIX = "_scale"
 ZARR_METADATA = "zarr.json"
 STAGING_LOCK = "space.lock"
+STAGING_TURN = "turn.lock"
 
 _TEMP = re.compile(r"\.tmp-([0-9a-f]{12})-([0-9]{1,10})-([0-9]{1,20})-([0-9a-f]{8})-.+", re.DOTALL)
 

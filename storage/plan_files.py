@@ -5,7 +5,6 @@ an interrupted plan: the next planner clears it and starts over.
 """
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from storage.files import (
     write_durable,
 )
 from storage.index import IndexBuilder, PlanIndex, render_index
+from storage.locks import lock
 from storage.manifest import CacheHeader, FileRecord, Manifest, PlanSummary, digest_plan, seal_manifest
 from storage.samples import PlannedSample, digest_tokens, render_samples
 from storage.sharding import plan_shards
@@ -101,12 +101,8 @@ def _partial_manifest(root: Path) -> Iterator[int]:
 
 
 def _lock(fd: int, root: Path) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise CacheExistsError(f"{root}: another process is planning this cache; wait for it") from error
-    except OSError:
-        pass  # a file system without locks: there, that only one process plans is up to the caller
+    if lock(fd, root / layout.PARTIAL_MANIFEST) == "busy":
+        raise CacheExistsError(f"{root}: another process is planning this cache; wait for it")
 
 
 def _already_planned(root: Path) -> str:

@@ -31,9 +31,10 @@ from storage.mounts import is_network_path
 from storage.plan import CachePlan, check_recorded, read_shard_samples
 from storage.read_ahead import ReadAhead
 from storage.remote import is_remote
-from storage.samples import ShardTokens, concatenate
+from storage.samples import PlannedSample, ShardTokens, concatenate
 from storage.shard_files import Access, States, open_arrays
 from storage.staging import Lease, StagedCache
+from storage.text import redact
 
 Io = Literal["auto", "mmap", "pread"]
 Checks = Literal["touch", "size"]
@@ -122,7 +123,7 @@ class CacheReader(Sequence[Sample]):
         self._mapped = io == "mmap" or (io == "auto" and not is_network_path(self._plan.path))
         self._partial = partial
         listed = self._staged.list_commits() if self._staged else list_commits(self._plan.path)
-        commits, markers = _check_commits(self._plan, listed, where=self._source[0], partial=partial)
+        commits, markers = _check_commits(self._plan, listed, where=self.place, partial=partial)
         self._markers = commits & markers
         read_record = self._staged.read_commit if self._staged else _read_excluding
         self._rows = _kept_rows(self._plan, commits, self._markers, read_record)
@@ -144,11 +145,18 @@ class CacheReader(Sequence[Sample]):
         row, shard, tokens = self._locate(index)
         opened = self._open_shard(shard)
         columns = self._plan.index
+        try:
+            hidden_TLD, last_TD = (states.read(tokens.start, tokens.stop) for states in (opened.hidden, opened.last))
+        except (CacheCorruptError, CacheFormatError):
+            if self._staged is None:
+                raise
+            opened = self._heal_shard(shard, self._staged)
+            hidden_TLD, last_TD = (states.read(tokens.start, tokens.stop) for states in (opened.hidden, opened.last))
         sample = Sample(
             input_ids=torch.from_numpy(opened.tokens.input_ids[tokens].copy()),
             loss_mask=torch.from_numpy(opened.tokens.loss_mask[tokens].copy()),
-            hidden_states=self._select(opened.hidden.read(tokens.start, tokens.stop)),
-            last_hidden_states=opened.last.read(tokens.start, tokens.stop),
+            hidden_states=self._select(hidden_TLD),
+            last_hidden_states=last_TD,
             num_tokens=tokens.stop - tokens.start,
             sample_id=int(columns.sample_ids[row]),
             split=SPLITS[columns.split_codes[row]],
@@ -208,8 +216,8 @@ class CacheReader(Sequence[Sample]):
 
     @property
     def place(self) -> Path | str:
-        """The cache directory or the address that the reader was opened with."""
-        return self._source[0]
+        """The cache directory or the address that the reader was opened with, without a login."""
+        return redact(place) if isinstance(place := self._source[0], str) else place
 
     @property
     def is_remote(self) -> bool:
@@ -239,15 +247,23 @@ class CacheReader(Sequence[Sample]):
             raise CacheFormatError(
                 f"{self.path / layout.MANIFEST}: names no {', '.join(missing)}; extract the cache again with its target"
             )
-        if self._staged is not None:
-            self._staged.fetch_target()
         for name in files:
             if not name.endswith(".safetensors") and self.manifest.files[name].num_bytes > MAX_TARGET_TEXT_BYTES:
                 raise CacheFormatError(
                     f"{self.path / name}: is larger than {MAX_TARGET_TEXT_BYTES} bytes; it is not read"
                 )
-            check_recorded(self.path, name, self.manifest)
+            self._check_file(name)
         return self.target_dir
+
+    def _check_file(self, name: str) -> None:
+        if self._staged is not None:
+            self._staged.fetch_file(name)
+        try:
+            check_recorded(self.path, name, self.manifest)
+        except CacheCorruptError:
+            if self._staged is None:
+                raise
+            self._staged.fetch_file(name, again=True)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -312,25 +328,57 @@ class CacheReader(Sequence[Sample]):
         with state.lock:
             opened = state.shards.get(shard)
             if opened is None:
-                opened = state.shards[shard] = self._read_shard(shard, tokens, lease)
+                opened = state.shards[shard] = self._read_or_heal(shard, tokens, lease)
             if self._staged is not None:  # of shards that no plan needs, one at a time: others may want the space
                 for other in [other for other in state.shards if other != shard and not _is_needed(state, other)]:
                     _close(state.shards.pop(other))
             _trim(state.shards)
             return opened
 
+    def _heal_shard(self, shard: int, staged: StagedCache) -> _OpenShard:
+        """Open a shard again whose staged copy proved damaged, once it is fetched anew."""
+        state = self._own_state()
+        with state.lock:
+            damaged = state.shards.pop(shard, None)
+        lease = damaged.lease if damaged else None
+        lease = lease or staged.acquire(shard, release=lambda: self._release(state))
+        staged.heal(shard)
+        tokens = self._open_tokens(shard)
+        with state.lock:
+            opened = state.shards[shard] = self._read_shard(shard, tokens, lease)
+            return opened
+
+    def _read_or_heal(self, shard: int, tokens: ShardTokens, lease: Lease | None) -> _OpenShard:
+        """Open a shard; the copy of a remote one is fetched again, once, if it is damaged."""
+        try:
+            return self._read_shard(shard, tokens, lease)
+        except (CacheCorruptError, CacheFormatError):
+            if self._staged is None:
+                raise
+        self._staged.heal(shard)
+        return self._read_shard(shard, tokens, lease)
+
     def _open_tokens(self, shard: int) -> ShardTokens:
-        state, plan = self._own_state(), self._plan
+        state = self._own_state()
         with state.lock:
             tokens = state.tokens.get(shard)
             if tokens is None:
-                if self._staged is not None:
-                    self._staged.fetch_samples(shard)
-                tokens = concatenate(read_shard_samples(plan.path, plan.manifest, plan.index, shard))
-                state.tokens[shard] = tokens
+                tokens = state.tokens[shard] = concatenate(self._read_samples(shard))
             state.tokens.move_to_end(shard)
             _trim(state.tokens)
             return tokens
+
+    def _read_samples(self, shard: int) -> list[PlannedSample]:
+        if self._staged is not None:
+            self._staged.fetch_samples(shard)
+        plan = self._plan
+        try:
+            return read_shard_samples(plan.path, plan.manifest, plan.index, shard)
+        except (CacheCorruptError, CacheFormatError):
+            if self._staged is None:
+                raise
+        self._staged.fetch_samples(shard, again=True)
+        return read_shard_samples(plan.path, plan.manifest, plan.index, shard)
 
     def _stage(self, state: _State, shard: int) -> Lease | None:
         """Have the shard of a remote cache in the staging folder."""
@@ -430,7 +478,8 @@ def _check_commits(
     if missing and not partial:
         raise CacheIncompleteError(
             f"{where}: {len(missing)} of {plan.num_shards} shards are missing (first: {missing[0]}); run the same "
-            "extract (or import) command again to finish it" + (", then push it again" if is_remote(where) else "")
+            "extract (or import, or pull) command again to finish it"
+            + (", then push it again" if is_remote(where) else "")
         )
     foreign = sorted((commits | markers) - set(range(plan.num_shards)))
     if foreign:

@@ -24,6 +24,7 @@ from storage.errors import (
     CacheUsageError,
 )
 from storage.files import disk_errors, sync_file
+from storage.text import HIDDEN, login_of, redact
 
 # Bytes of one request: long enough to hide its latency, short enough that four of them in flight take little memory.
 PIECE_BYTES = 16 << 20
@@ -46,8 +47,12 @@ class RemoteStore:
 
     def __init__(self, url: str) -> None:
         if not is_remote(url):
-            raise CacheUsageError(f"{url}: is no address; expected one such as s3://bucket/cache or file:///mnt/cache")
-        self.url = url.rstrip("/")
+            raise CacheUsageError(
+                f"{redact(url)}: is no address; expected one such as s3://bucket/cache or file:///mnt/cache"
+            )
+        self._address = url.rstrip("/")
+        self._login = login_of(url)
+        self.url = redact(self._address)  # for messages
         self._pid = -1
         self._opened: tuple[Any, str] | None = None
 
@@ -78,7 +83,20 @@ class RemoteStore:
 
     def size(self, name: str) -> int:
         """Bytes of a file."""
-        return self._attempt(name, lambda system, path: int(system.info(path)["size"]))
+        return self._attempt(name, lambda system, path: int(system.info(path)["size"] or 0))
+
+    def exists(self, name: str) -> bool:
+        """Whether a file is there."""
+        try:
+            self.size(name)
+        except CacheNotFoundError:
+            return False
+        return True
+
+    @property
+    def may_not_list(self) -> bool:
+        """Whether it is a web server, whose directories nobody need be able to list."""
+        return self._address.startswith(("http://", "https://"))
 
     def list_names(self, directory: str) -> list[str]:
         """Names in a directory, none where there is no such directory."""
@@ -137,21 +155,27 @@ class RemoteStore:
             except FileNotFoundError as error:
                 raise CacheNotFoundError(f"{where}: not found; check the address") from error
             except (PermissionError, ImportError, ValueError) as error:  # which no second attempt would change
-                raise CacheReadError(f"{where}: {type(error).__name__}: {error}; check address and access") from error
+                raise CacheReadError(f"{where}: {self._describe(error)}; check address and access") from error
             except Exception as error:  # each file system has errors of its own, which need not be an OSError
                 if pause is None:
                     raise CacheReadError(
-                        f"{where}: {type(error).__name__}: {error}; after {NUM_ATTEMPTS} attempts. Check that the "
+                        f"{where}: {self._describe(error)}; after {NUM_ATTEMPTS} attempts. Check that the "
                         "store can be reached, and run the same command again: it goes on from where it was"
                     ) from error
                 logger.info("%s: %s, trying again", where, type(error).__name__)
                 time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
+    def _describe(self, error: Exception) -> str:
+        text = f"{type(error).__name__}: {error}"
+        return redact(text.replace(self._login, HIDDEN) if self._login else text)
+
     def _connect(self) -> tuple[Any, str]:
         """This process' file system, which remembers no listings, and the path of the directory in it."""
         if self._opened is None or self._pid != os.getpid():
-            local = {"auto_mkdir": True} if self.url.startswith(("file://", "local://")) else {}
-            self._opened = fsspec.core.url_to_fs(self.url, use_listings_cache=False, skip_instance_cache=True, **local)
+            options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+            if self._address.startswith(("file://", "local://")):
+                options["auto_mkdir"] = True
+            self._opened = fsspec.core.url_to_fs(self._address, **options)
             self._pid = os.getpid()
         return self._opened

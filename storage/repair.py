@@ -10,7 +10,7 @@ from pathlib import Path
 from storage import layout
 from storage.commit import list_commits
 from storage.errors import CacheBusyError, CacheCorruptError, CacheReadError
-from storage.files import disk_errors, sync_directory
+from storage.files import check_folders, disk_errors, sync_directory
 from storage.locks import locked_shard
 from storage.plan import CachePlan
 from storage.temps import remove_stale_temps, remove_tree
@@ -41,7 +41,7 @@ def repair_cache(path: str | os.PathLike[str], report: VerifyReport) -> RepairRe
     dropped: list[int] = []
     busy: list[int] = []
     with disk_errors(root):
-        removed = remove_stale_temps([root, root / layout.SHARDS, root / layout.COMMITS])
+        removed = remove_stale_temps([root, root / layout.SHARDS, root / layout.COMMITS], strict=True)
         for shard in sorted({*report.bad_shards, *_leftover_shards(plan)}):
             try:
                 with locked_shard(root, shard):
@@ -70,9 +70,7 @@ def _check_repairable(root: Path, report: VerifyReport) -> None:
             f"{root}: not repaired: {_some(files['unreadable'])} cannot be read and may be sound; see to permissions "
             "and disk, then verify again"
         )
-    for name in (layout.SHARDS, layout.COMMITS):
-        if (root / name).is_symlink():
-            raise CacheCorruptError(f"{root / name}: is a link, and nothing behind it is removed; a cache has no links")
+    check_folders(root)
 
 
 def _some(names: list[str]) -> str:
@@ -95,7 +93,7 @@ def _remove_uncommitted(root: Path, shard: int) -> list[Path]:
     found = [root / layout.shard_name(shard), root / layout.excluded_name(shard)]
     removed = [path for path in found if os.path.lexists(path)]
     for path in removed:
-        remove_tree(path)
+        remove_tree(path, strict=True)
     return removed
 
 
@@ -104,8 +102,8 @@ def _drop_damaged(plan: CachePlan, shard: int, *, quick: bool) -> bool:
     commit, marker = plan.path / layout.commit_name(shard), plan.path / layout.excluded_name(shard)
     if not is_damaged(plan, shard, has_marker=os.path.lexists(marker), quick=quick):
         return False
-    remove_tree(commit)
-    remove_tree(marker)
+    remove_tree(commit, strict=True)
+    remove_tree(marker, strict=True)
     sync_directory(commit.parent)
-    remove_tree(plan.path / layout.shard_name(shard))
+    remove_tree(plan.path / layout.shard_name(shard), strict=True)
     return True

@@ -1,7 +1,10 @@
 """Rows of one shard's arrays: mapped, or read in large requests; checked, decoded, and handed out as tensors.
 
-Opening compares sizes with the commit, so a truncated file is an error and not a SIGBUS. With ``check`` each inner
-chunk's crc32c is compared when its first row is asked for; a compressed one always, since it is decoded each time.
+Opening compares sizes with the commit. With ``check`` each inner chunk's crc32c is compared when its first row is asked
+for; a compressed one always, since it is decoded each time. Whoever touches a page of a mapping whose file has been cut
+since is killed by SIGBUS, so bytes are touched here by ``pread`` alone, and a view is given only of a file that has its
+size at that moment. A file that is cut between that look and the use of the view still kills; who must not be killed
+reads with ``io="pread"``.
 """
 
 import mmap
@@ -21,8 +24,11 @@ from storage.codecs import decompress, dequantize
 from storage.commit import ArrayRecord, CommitRecord, PlannedShard, remedy
 from storage.encodings import Encoding, Scaling
 from storage.errors import CacheCorruptError, CacheFormatError, CacheReadError
-from storage.files import crc32c_hex, open_inside, read_inside
+from storage.files import crc32c_hex, extend_crc32c, open_inside, read_inside
 from storage.zarr_array import ArraySpec
+
+# Of one read where bytes are looked at and not kept: fits the second-level cache of a core (assumption).
+SCRATCH_BYTES = 1 << 20
 
 # Untouched pages of a private mapping must not count against the machine's commit limit. Linux only.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
@@ -48,43 +54,27 @@ class ShardFile(Protocol):
     """A chunk file whose size has been checked."""
 
     path: Path
+    is_mapped: bool
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Bytes start to stop."""
+        """Bytes start to stop, as views where the file is mapped."""
 
+    def copy(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """A copy of bytes start to stop, for which no page of a mapping is touched."""
 
-class MappedFile:
-    """Bytes are views of the page cache, none is copied.
-
-    No advice is given: MADV_WILLNEED before a chunk is first touched made cold reads slower (0.8 of the rate,
-    measured), MADV_RANDOM far slower. The mapping is private and copy-on-write, so that torch gets the writable memory
-    that it wants and no write can reach the file; it lives as long as a tensor made from it.
-    """
-
-    def __init__(self, root: Path, name: str, *, num_bytes: int, hint: str) -> None:
-        self.path = root / name
-        fd = _open(root, name, num_bytes=num_bytes, hint=hint)
-        try:
-            mapping = mmap.mmap(
-                fd, num_bytes, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-            )
-        except OSError as error:
-            raise CacheReadError(f"{self.path}: cannot map: {error.strerror}; use io='pread'") from error
-        finally:
-            os.close(fd)
-        self._bytes = np.frombuffer(mapping, dtype=np.uint8)
-
-    def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """A view."""
-        return self._bytes[start:stop]
+    def crc32c(self, start: int, stop: int) -> str:
+        """Of bytes start to stop, for which no page of a mapping is touched."""
 
 
 class PositionedFile:
     """Bytes are copies, fetched by ``pread`` in requests as large as what is asked for."""
 
+    is_mapped = False
+
     def __init__(self, root: Path, name: str, *, num_bytes: int, hint: str) -> None:
         self.path = root / name
         self._hint = hint
+        self._num_bytes = num_bytes
         self._file = os.fdopen(_open(root, name, num_bytes=num_bytes, hint=hint), "rb", buffering=0)
 
     def __del__(self) -> None:
@@ -93,7 +83,25 @@ class PositionedFile:
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """A copy."""
+        return self.copy(start, stop)
+
+    def copy(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """A copy. Raises CacheCorruptError where the file has been cut, CacheReadError."""
         data = np.empty(stop - start, dtype=np.uint8)
+        self._read_into(data, start)
+        return data
+
+    def crc32c(self, start: int, stop: int) -> str:
+        """Of bytes start to stop, read into a piece of memory that stays in the processor's cache."""
+        scratch = np.empty(min(stop - start, SCRATCH_BYTES), dtype=np.uint8)
+        crc = 0
+        for place in range(start, stop, SCRATCH_BYTES):
+            piece = scratch[: stop - place]
+            self._read_into(piece, place)
+            crc = extend_crc32c(crc, piece)
+        return f"{crc:08x}"
+
+    def _read_into(self, data: npt.NDArray[np.uint8], start: int) -> None:
         done = 0
         while done < len(data):
             try:
@@ -103,7 +111,36 @@ class PositionedFile:
             if count == 0:
                 raise CacheCorruptError(f"{self.path}: ends at byte {start + done}; {self._hint}")
             done += count
-        return data
+
+
+class MappedFile(PositionedFile):
+    """Bytes are views of the page cache, none is copied.
+
+    No advice is given: MADV_WILLNEED before a chunk is first touched made cold reads slower (0.8 of the rate,
+    measured), MADV_RANDOM far slower. The mapping is private and copy-on-write, so that torch gets the writable memory
+    that it wants and no write can reach the file; it lives as long as a tensor made from it.
+    """
+
+    is_mapped = True
+
+    def __init__(self, root: Path, name: str, *, num_bytes: int, hint: str) -> None:
+        super().__init__(root, name, num_bytes=num_bytes, hint=hint)
+        try:
+            mapping = mmap.mmap(
+                self._file.fileno(), num_bytes,
+                flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )  # fmt: skip
+        except OSError as error:
+            raise CacheReadError(f"{self.path}: cannot map: {error.strerror}; use io='pread'") from error
+        self._bytes = np.frombuffer(mapping, dtype=np.uint8)
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """A view. Raises CacheCorruptError where the file has been cut."""
+        if (size := os.fstat(self._file.fileno()).st_size) != self._num_bytes:
+            raise CacheCorruptError(
+                f"{self.path}: has {size} bytes, had {self._num_bytes} when it was opened; {self._hint}"
+            )
+        return self._bytes[start:stop]
 
 
 class StoredArray:
@@ -118,7 +155,7 @@ class StoredArray:
         self._hint = hint
         self._offsets = np.arange(spec.num_chunks + 1, dtype=np.int64) * spec.chunk_bytes
         if spec.compressed:
-            footer = file.read(record.file_bytes - spec.footer_bytes, record.file_bytes).tobytes()
+            footer = file.copy(record.file_bytes - spec.footer_bytes, record.file_bytes).tobytes()
             where = f"{file.path}: {hint}"
             self._offsets = spec.parse_footer(footer, file_bytes=record.file_bytes, where=where)
 
@@ -128,21 +165,29 @@ class StoredArray:
         chunks = range(start // spec.chunk_rows, -(-stop // spec.chunk_rows))
         if spec.compressed:
             return self._as_rows(self._read_compressed(chunks, start, stop))
-        if not self._unchecked[chunks.start : chunks.stop].any():
-            return self._as_rows(self._file.read(start * spec.row_bytes, stop * spec.row_bytes))
-        first = chunks.start * spec.chunk_rows
-        data = self._file_chunks(chunks)
-        for place, chunk in enumerate(chunks):
-            if self._unchecked[chunk]:
-                self._check(chunk, data[place * spec.chunk_bytes : (place + 1) * spec.chunk_bytes])
-        return self._as_rows(data[(start - first) * spec.row_bytes : (stop - first) * spec.row_bytes])
+        unchecked = [chunk for chunk in chunks if self._unchecked[chunk]]
+        if unchecked and not self._file.is_mapped:
+            return self._as_rows(self._read_and_check(chunks, unchecked, start, stop))
+        for chunk in unchecked:
+            first, last = self._offsets[chunk : chunk + 2].tolist()
+            self._compare(chunk, self._file.crc32c(first, last))
+        return self._as_rows(self._file.read(start * spec.row_bytes, stop * spec.row_bytes))
 
-    def _file_chunks(self, chunks: range) -> npt.NDArray[np.uint8]:
-        return self._file.read(int(self._offsets[chunks.start]), int(self._offsets[chunks.stop]))
+    def _read_and_check(self, chunks: range, unchecked: Sequence[int], start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Rows of chunks that are read whole, in one request."""
+        spec, first = self._spec, chunks.start * self._spec.chunk_rows
+        data = self._copy_chunks(chunks)
+        for chunk in unchecked:
+            place = chunk - chunks.start
+            self._check(chunk, data[place * spec.chunk_bytes : (place + 1) * spec.chunk_bytes])
+        return data[(start - first) * spec.row_bytes : (stop - first) * spec.row_bytes]
+
+    def _copy_chunks(self, chunks: range) -> npt.NDArray[np.uint8]:
+        return self._file.copy(int(self._offsets[chunks.start]), int(self._offsets[chunks.stop]))
 
     def _read_compressed(self, chunks: range, start: int, stop: int) -> npt.NDArray[np.uint8]:
         spec = self._spec
-        data = self._file_chunks(chunks)
+        data = self._copy_chunks(chunks)
         base = int(self._offsets[chunks.start])
         out = np.empty((stop - start) * spec.row_bytes, dtype=np.uint8)
 
@@ -171,7 +216,9 @@ class StoredArray:
         return out
 
     def _check(self, chunk: int, data: npt.NDArray[np.uint8]) -> None:
-        found = crc32c_hex(data)
+        self._compare(chunk, crc32c_hex(data))
+
+    def _compare(self, chunk: int, found: str) -> None:
         if found != self._expected[chunk]:
             raise CacheCorruptError(
                 f"{self._file.path}: inner chunk {chunk} (rows from {chunk * self._spec.chunk_rows}) has crc32c "
@@ -226,13 +273,14 @@ def open_states(
     hint: str,
 ) -> States:
     """One array of states of the shard in ``folder``, with its scales where it has any; ``hint``: if it is damaged."""
-    kind = MappedFile if access.mapped else PositionedFile
+    scaling = specs[0].scaling
+    is_plain = not encoding.compressed and scaling is None  # or its bytes are not what is handed out
+    kind = MappedFile if access.mapped and is_plain else PositionedFile
     arrays = []
     for spec in specs:
         record = records[spec.name]
         file = kind(folder, spec.data_name, num_bytes=record.file_bytes, hint=hint)
         arrays.append(StoredArray(file, spec, record, access, hint=hint))
-    scaling = specs[0].scaling
     if scaling is None:
         return arrays[0]
     return ScaledStates(arrays[0], arrays[1], scaling=scaling, dtype=encoding.torch_dtype)

@@ -1,31 +1,37 @@
 """The staging folder: whole shards of remote caches on a local disk, fetched on demand, of a bounded total size.
 
     STAGING/space.lock                 held while space is counted and made
+    STAGING/turn.lock                  held while waiting for space: first come, first served
     STAGING/KEY/                       the plan of a cache and those of its shards that are here, in the cache's layout
     STAGING/KEY.shards/NNNNN.lock      shared: a reader uses the shard; exclusive: it is being fetched or evicted
     STAGING/KEY.shards/NNNNN.bytes     what the shard takes, written before it is fetched; its time is the last use
 
 KEY is a digest of the manifest. Any number of processes may share the folder. The kernel releases the locks of the
 dead; what they left half fetched has a charge and no commit record, so the next process fetches it anew or evicts it.
-The bound holds for shards; plans (token ids, index, target) are small beside them and stay.
+The bound holds for shards; plans (token ids, index, target) are small beside them and stay. Whoever waits behind the
+turn, or for a shard whose fetcher waits, lets go of what it holds, so none that share a small bound wait in a circle.
+A copy that proves damaged is fetched again once, while the damaged one stays for whoever has it open.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from storage import layout
-from storage.commit import CommitRecord, PlannedShard, parse_commits
-from storage.errors import CacheNotFoundError, CacheReadError, CacheSpaceError
+from storage.commit import CommitRecord, PlannedShard
+from storage.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, CacheReadError, CacheSpaceError
 from storage.faults import fault_point
-from storage.fetch import fetch_commit, fetch_manifest, fetch_recorded, fetch_shard, shard_bytes
-from storage.files import sync_directory, write_atomic
+from storage.fetch import fetch_commit, fetch_manifest, fetch_recorded, fetch_shard, list_store_commits, shard_bytes
+from storage.files import check_folders, sync_directory, write_atomic
+from storage.locks import exclusive, lock, locked_shard, open_lock, unlock
+from storage.manifest import Manifest
 from storage.plan import CachePlan
 from storage.remote import RemoteStore
 from storage.temps import remove_stale_temps, remove_tree
@@ -34,9 +40,9 @@ from storage.temps import remove_stale_temps, remove_tree
 # and no more than a training machine's local disk has to spare.
 DEFAULT_STAGING_BYTES = 32_000_000_000
 
-# How long a read waits for others to let go of a shard: trainings that share the bound free one in seconds to minutes.
-SPACE_WAIT_SECONDS = 120.0
-SPACE_POLL_SECONDS = 0.1
+# How long a read waits while nobody takes or lets go of a shard: trainings do so in seconds to minutes (assumption).
+SPACE_WAIT_SECONDS = 600.0
+POLL_SECONDS = 0.05
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +55,20 @@ def default_staging() -> Path:
 class Lease:
     """A shared lock: while this process holds it, no process evicts the shard."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, ended: Callable[[], None]) -> None:
         self._fd = fd
+        self._ended = ended
         self._pid = os.getpid()
 
     def release(self) -> None:
         """Let the shard be evicted. What is mapped of it stays readable."""
         if self._fd >= 0:
             if self._pid == os.getpid():  # a forked child closes its copy only: the lock is the parent's
-                _unlock(self._fd)
+                unlock(self._fd)
             else:
                 os.close(self._fd)
             self._fd = -1
+            self._ended()
 
     __del__ = release
 
@@ -91,31 +99,52 @@ class StagedCache:
         root = self._folder / self._key
         self._directories = [root, *(root / name for name in (layout.SAMPLES, layout.SHARDS, layout.COMMITS))]
         self._directories.append(self._charge(0).parent)
+        self._leases: Counter[int] = Counter()  # of this object: what it must not evict where there are no locks
+        self._leases_lock = threading.RLock()  # a lease may be collected, and end, anywhere
         for directory in self._directories:
             directory.mkdir(parents=True, exist_ok=True)
+        check_folders(root)
         remove_stale_temps(self._directories)
-        fetch_recorded(self.store, layout.INDEX, manifest, root=root)
-        if not (root / layout.MANIFEST).exists():
-            write_atomic(root / layout.MANIFEST, data, fault="staging.manifest")
-        self.plan = CachePlan.read(root)
+        self.plan = self._stage_plan(manifest, data)
+
+    def _stage_plan(self, manifest: Manifest, data: bytes) -> CachePlan:
+        """The plan in the staging folder; a copy that is damaged is fetched again once."""
+        root = self._folder / self._key
+        try:
+            fetch_recorded(self.store, layout.INDEX, manifest, root=root)
+            if not (root / layout.MANIFEST).exists():
+                write_atomic(root / layout.MANIFEST, data, fault="staging.manifest")
+            return CachePlan.read(root)
+        except (CacheCorruptError, CacheFormatError) as error:
+            logger.warning("%s; it is fetched again", error)
+        fetch_recorded(self.store, layout.INDEX, manifest, root=root, again=True)
+        write_atomic(root / layout.MANIFEST, data, fault="staging.manifest")
+        return CachePlan.read(root)
 
     def list_commits(self) -> tuple[set[int], set[int]]:
         """Shards that have a record in the store, and shards that have a marker of excluded samples."""
-        return parse_commits(self.store.list_names(layout.COMMITS))
+        return list_store_commits(self.store, self.plan.num_shards)
 
     def read_commit(self, planned: PlannedShard) -> CommitRecord:
         """A shard's record in the store."""
         return fetch_commit(self.store, planned)
 
-    def fetch_samples(self, shard: int) -> None:
-        """Have the shard's token ids here, without its states."""
-        fetch_recorded(self.store, layout.samples_name(shard), self.plan.manifest, root=self.plan.path)
+    def fetch_file(self, name: str, *, again: bool = False) -> None:
+        """Have a file of the plan here; ``again``: in place of a copy that is damaged."""
+        if again:
+            logger.warning("%s: the copy here is damaged; it is fetched again", self.plan.path / name)
+        fetch_recorded(self.store, name, self.plan.manifest, root=self.plan.path, again=again)
 
-    def fetch_target(self) -> None:
-        """Have the target's files here."""
-        for name in self.plan.manifest.files:
-            if name.startswith(f"{layout.TARGET}/"):
-                fetch_recorded(self.store, name, self.plan.manifest, root=self.plan.path)
+    def fetch_samples(self, shard: int, *, again: bool = False) -> None:
+        """Have the shard's token ids here, without its states."""
+        self.fetch_file(layout.samples_name(shard), again=again)
+
+    def heal(self, shard: int) -> None:
+        """Fetch the states of a shard again, whose copy here is damaged; the caller holds a lease of it."""
+        logger.warning("%s: the copy here is damaged; it is fetched again", self.plan.path / layout.shard_name(shard))
+        planned = self.plan.planned_shard(shard)
+        with locked_shard(self.plan.path, shard, wait=True):
+            fetch_shard(self.store, planned, self._fetch_record(planned))
 
     def acquire(self, shard: int, *, release: Callable[[], bool] | None = None) -> Lease:
         """Have the shard here and keep it here while the lease lives; waits for another process that fetches it.
@@ -123,30 +152,45 @@ class StagedCache:
         ``release`` is called while space is missing and everything is in use; it lets go of one shard of this
         process, or gives False. Raises CacheSpaceError if that is not enough, or what ``fetch_shard`` raises.
         """
-        fd = self._open_lock(self._key, shard)
+        path = self._folder / layout.staging_lock_name(self._key, shard)
+        fd = open_lock(path)
         try:
             while True:  # between two kinds of lock there is a moment with neither
-                fcntl.flock(fd, fcntl.LOCK_SH)
+                self._wait_for(fd, path, shared=True, release=release)
                 if self._is_here(shard):
                     os.utime(self._charge(shard))
-                    return Lease(fd)
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                    return self._lease(fd, shard)
+                self._wait_for(fd, path, shared=False, release=release)
                 if not self._is_here(shard):
                     self._fetch(shard, release)
         except BaseException:
-            _unlock(fd)
+            unlock(fd)
             raise
+
+    def _lease(self, fd: int, shard: int) -> Lease:
+        def count(change: int) -> None:
+            with self._leases_lock:
+                self._leases[shard] += change
+
+        count(1)
+        return Lease(fd, partial(count, -1))
+
+    def _wait_for(self, fd: int, path: Path, *, shared: bool, release: Callable[[], bool] | None) -> None:
+        """Lock a shard; whoever holds it may be waiting for space, and then gets what this process can spare."""
+        while lock(fd, path, shared=shared) == "busy":
+            if release is not None and self._is_space_awaited():
+                release()
+            time.sleep(POLL_SECONDS)
+
+    def _is_space_awaited(self) -> bool:
+        with exclusive(self._folder / layout.STAGING_TURN) as is_free:
+            return not is_free
 
     def _fetch(self, shard: int, release: Callable[[], bool] | None) -> None:
         """Make room for a shard and fetch it. Called with its exclusive lock."""
         self.fetch_samples(shard)
         planned = self.plan.planned_shard(shard)
-        try:
-            record = fetch_commit(self.store, planned)
-        except CacheNotFoundError as error:
-            raise CacheReadError(
-                f"{self.store.where(layout.commit_name(shard))}: is gone since the cache was opened; push it again"
-            ) from error
+        record = self._fetch_record(planned)
         charge = self._charge(shard)
         if charge.exists():  # a dead process was fetching or evicting it
             remove_stale_temps(self._directories)
@@ -159,25 +203,52 @@ class StagedCache:
             charge.unlink(missing_ok=True)
             raise
 
+    def _fetch_record(self, planned: PlannedShard) -> CommitRecord:
+        try:
+            return fetch_commit(self.store, planned)
+        except CacheNotFoundError as error:
+            where = self.store.where(layout.commit_name(planned.shard))
+            raise CacheReadError(f"{where}: is gone since the cache was opened; push it again") from error
+
     def _reserve(self, shard: int, num_bytes: int, release: Callable[[], bool] | None) -> None:
         """Make room for a shard and count it. A caller that can release waits for what other runs let go of."""
-        deadline = time.monotonic() + (SPACE_WAIT_SECONDS if release else 0)
-        waited = False
-        while True:
-            with self._space_lock():
-                used = self._make_room(shard, num_bytes, release)
-                if used + num_bytes <= self._limit:
-                    write_atomic(self._charge(shard), str(num_bytes).encode(), fault="staging.charge")
+        patience = _Patience(SPACE_WAIT_SECONDS if release and num_bytes <= self._limit else 0)
+        path = self._folder / layout.STAGING_TURN
+        turn = open_lock(path)
+        try:
+            is_first = False
+            while True:
+                is_first = is_first or lock(turn, path) != "busy"
+                used = self._try_reserve(shard, num_bytes, release) if is_first else self._give_way(release)
+                if used is None:
                     return
-            if num_bytes > self._limit or time.monotonic() >= deadline:
-                raise CacheSpaceError(
-                    f"{self._folder}: shard {shard} of {self.store.url} takes {num_bytes:,} bytes, {used:,} are in use "
-                    f"and {self._limit:,} allowed; raise cache.staging_bytes, or stop another run that reads from here"
-                )
-            if not waited:
-                logger.info("%s is full: waiting until other runs let go of a shard", self._folder)
-                waited = True
-            time.sleep(SPACE_POLL_SECONDS)
+                patience.check(self._list_units(), self._space_error(shard, num_bytes, used))
+                if patience.is_new:
+                    logger.info("%s is full: waiting until other runs let go of a shard", self._folder)
+                time.sleep(POLL_SECONDS)
+        finally:
+            unlock(turn)
+
+    def _try_reserve(self, shard: int, num_bytes: int, release: Callable[[], bool] | None) -> int | None:
+        """None once the shard is counted, or the bytes that others use."""
+        with exclusive(self._folder / layout.STAGING_LOCK, wait=True):
+            used = self._make_room(shard, num_bytes, release)
+            if used + num_bytes > self._limit:
+                return used
+            write_atomic(self._charge(shard), str(num_bytes).encode(), fault="staging.charge")
+            return None
+
+    def _give_way(self, release: Callable[[], bool] | None) -> int:
+        """Let go of a shard for the sake of who came first; the bytes in use."""
+        if release is not None:
+            release()
+        return sum(unit.num_bytes for unit in self._list_units())
+
+    def _space_error(self, shard: int, num_bytes: int, used: int) -> CacheSpaceError:
+        return CacheSpaceError(
+            f"{self._folder}: shard {shard} of {self.store.url} takes {num_bytes:,} bytes, {used:,} are in use "
+            f"and {self._limit:,} allowed; raise cache.staging_bytes, or stop another run that reads from here"
+        )
 
     def _make_room(self, shard: int, num_bytes: int, release: Callable[[], bool] | None) -> int:
         """Evict shards that nobody uses, the least recently used first, until ``num_bytes`` more are in the bound.
@@ -195,19 +266,17 @@ class StagedCache:
 
     def _evict(self, unit: _Unit) -> bool:
         """Remove a shard, record first, unless a process uses it."""
-        fd = self._open_lock(unit.key, unit.shard)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        else:
+        with self._leases_lock:
+            if unit.key == self._key and self._leases[unit.shard]:
+                return False
+        with exclusive(self._folder / layout.staging_lock_name(unit.key, unit.shard)) as is_free:
+            if not is_free:
+                return False
             root = self._folder / unit.key
             if not _remove_shard(root, unit.shard):  # a dead process was fetching it
                 remove_stale_temps([root / layout.SHARDS, root / layout.COMMITS])
             (self._folder / layout.staging_charge_name(unit.key, unit.shard)).unlink(missing_ok=True)
             return True
-        finally:
-            _unlock(fd)
 
     def _list_units(self) -> Iterator[_Unit]:
         """Every shard in the folder that takes space, or whose space is promised to a process that fetches it."""
@@ -227,24 +296,25 @@ class StagedCache:
     def _charge(self, shard: int) -> Path:
         return self._folder / layout.staging_charge_name(self._key, shard)
 
-    def _open_lock(self, key: str, shard: int) -> int:
-        path = self._folder / layout.staging_lock_name(key, shard)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
-    @contextlib.contextmanager
-    def _space_lock(self) -> Iterator[None]:
-        fd = os.open(self._folder / layout.STAGING_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            _unlock(fd)
+class _Patience:
+    """How long to wait for others; anew with every shard that one of them takes or lets go of."""
 
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+        self._seen: frozenset[_Unit] | None = None
+        self.is_new = True  # at the first check only
 
-def _unlock(fd: int) -> None:
-    """Let go of a lock and its file. A close alone leaves the lock to a child that was forked meanwhile."""
-    fcntl.flock(fd, fcntl.LOCK_UN)
-    os.close(fd)
+    def check(self, units: Iterable[_Unit], error: CacheSpaceError) -> None:
+        """Raise the error once nothing has changed for so long."""
+        seen, now = frozenset(units), time.monotonic()
+        self.is_new = self._seen is None
+        if seen != self._seen and not self.is_new:
+            self._deadline = now + self._seconds
+        self._seen = seen
+        if now >= self._deadline:
+            raise error
 
 
 def _remove_shard(root: Path, shard: int) -> bool:

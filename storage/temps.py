@@ -30,15 +30,18 @@ def temp_path(final: Path) -> Path:
     return final.parent / name
 
 
-def remove_stale_temps(directories: Iterable[Path]) -> list[Path]:
-    """Remove what dead writers left in these directories, and say what; others may do the same at the same time."""
+def remove_stale_temps(directories: Iterable[Path], *, strict: bool = False) -> list[Path]:
+    """Remove what dead writers left in these directories, and say what; others may do the same at the same time.
+
+    What cannot be removed stays, and is an OSError where ``strict``.
+    """
     removed = []
     for directory in directories:
         if not directory.is_dir():
             continue
         for entry in list(directory.iterdir()):
             if _is_stale(entry):
-                remove_tree(entry)
+                remove_tree(entry, strict=strict)
                 removed.append(entry)
     return removed
 
@@ -48,12 +51,23 @@ def is_running(pid: int) -> bool:
     return _process_start(pid) is not None
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a file or a directory, whether or not somebody else is removing it too."""
+def remove_tree(path: Path, *, strict: bool = False) -> None:
+    """Remove a file or a directory, whether or not somebody else is removing it too.
+
+    What a directory refuses to give up stays, and is an OSError where ``strict``.
+    """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, onerror=_raise_refusal if strict else _ignore)
     elif os.path.lexists(path):  # a read-only disk refuses to remove also what is not there
         path.unlink(missing_ok=True)
+
+
+def _raise_refusal(_: object, __: str, failure: tuple[type[BaseException], BaseException, object]) -> None:
+    if not isinstance(failure[1], FileNotFoundError):
+        raise failure[1]
+
+
+def _ignore(*_: object) -> None: ...
 
 
 def _is_stale(path: Path) -> bool:

@@ -5,12 +5,10 @@ marker, the commit record. Killed at any moment, the same call goes on with the 
 are compared with the committed checksums on the way: before an upload, and after a download.
 """
 
-import contextlib
-import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,19 +19,22 @@ from storage.commit import CommitRecord, PlannedShard, list_commits, parse_commi
 from storage.errors import (
     CacheBusyError,
     CacheCorruptError,
-    CacheError,
+    CacheFormatError,
     CacheIdentityError,
     CacheNotFoundError,
+    CacheReadError,
     CacheUsageError,
 )
 from storage.faults import fault_point
-from storage.fetch import fetch_commit, fetch_manifest, fetch_recorded, fetch_shard, shard_bytes
-from storage.files import read_inside, sync_directory
+from storage.fetch import fetch_commit, fetch_manifest, fetch_recorded, fetch_shard, list_store_commits, shard_bytes
+from storage.files import read_inside
+from storage.locks import locked_shard
 from storage.manifest import Manifest
 from storage.plan import CachePlan, check_recorded
 from storage.plan_files import copy_plan
 from storage.progress import Position, log_position
 from storage.remote import RemoteStore, is_remote
+from storage.text import format_duration
 from storage.verify import find_array_problems
 from storage.writer import CacheWriter
 from storage.zarr_array import group_metadata
@@ -93,7 +94,7 @@ def pull_cache(url: str, path: str | os.PathLike[str]) -> TransferResult:
     except CacheNotFoundError:
         copy_plan(root, manifest, lambda name: fetch_recorded(store, name, manifest, root=root))
     plan = CacheWriter(root).plan  # which also removes what the dead have left
-    commits, _ = parse_commits(store.list_names(layout.COMMITS))
+    commits, _ = list_store_commits(store, plan.num_shards)
     return _copy_shards("pulled", plan, commits, partial(_pull_shard, store, plan))
 
 
@@ -115,12 +116,11 @@ def _copy_shards(verb: str, plan: CachePlan, commits: set[int], copy: Callable[[
                 seconds = time.monotonic() - started
                 rate = sum(size or 0 for size in sizes) / seconds
                 left = seconds * (total - done_tokens) / done_tokens
-                eta = time.strftime("%H:%M:%S", time.gmtime(left))
                 log_position(
                     logger,
                     Position(name=verb, done=len(sizes), total=len(wanted), eta_seconds=left),
                     f"shard {shard:6d}  {verb}  {len(sizes):5d}/{len(wanted)}  {num_bytes / 1e6:8.1f} MB  "
-                    f"{rate / 1e6:8.1f} MB/s  ETA {eta}",
+                    f"{rate / 1e6:8.1f} MB/s  ETA {format_duration(left)}",
                 )
     return TransferResult(
         num_shards=plan.num_shards,
@@ -215,9 +215,12 @@ def _has_bytes(root: Path, name: str, expected: bytes) -> bool:
 def _pull_shard(store: RemoteStore, plan: CachePlan, shard: int) -> int | None:
     planned = plan.planned_shard(shard)
     try:
-        with _exclusive(plan.path / layout.samples_name(shard)):
-            if _is_whole_here(planned):
+        with locked_shard(plan.path, shard):
+            damage = _find_damage(planned)
+            if damage is None:
                 return 0
+            if damage:
+                logger.info("shard %6d  is damaged here and pulled again: %s", shard, damage)
             record = fetch_commit(store, planned)
             fetch_shard(store, planned, record)
     except CacheBusyError:
@@ -226,35 +229,24 @@ def _pull_shard(store: RemoteStore, plan: CachePlan, shard: int) -> int | None:
     return shard_bytes(planned, record)
 
 
-def _is_whole_here(planned: PlannedShard) -> bool:
-    """Whether the shard is committed here with data of the recorded sizes. A record without them is removed."""
-    commit = planned.root / layout.commit_name(planned.shard)
-    if not commit.exists():
-        return False
+def _find_damage(planned: PlannedShard) -> str | None:
+    """What is wrong with the shard here: None if it is committed with data of the recorded sizes, "" if it is not.
+
+    Nothing is removed: the new copy comes first. Raises CacheReadError for files that cannot be read just now, which
+    says nothing about what is in them.
+    """
     directory = layout.shard_name(planned.shard)
     try:
-        has_marker = (planned.root / layout.excluded_name(planned.shard)).exists()
+        if not os.path.lexists(planned.root / layout.commit_name(planned.shard)):
+            return ""
+        has_marker = os.path.lexists(planned.root / layout.excluded_name(planned.shard))
         record = read_commit(planned, has_marker=has_marker)
         for spec in planned.arrays:
             name = f"{directory}/{spec.data_name}"
-            for _ in find_array_problems(planned.root, name, spec, record.arrays[spec.name], quick=True):
-                pass
-    except (CacheError, FileNotFoundError) as error:
-        logger.info("shard %6d  is damaged here and pulled again: %s", planned.shard, error)
-        commit.unlink()
-        sync_directory(commit.parent)
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """The lock under which a shard is written. Raises CacheBusyError while another process has it."""
-    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise CacheBusyError(f"{path}: another process is writing this shard; go on with the next") from error
-    finally:
-        os.close(fd)
+            for problem in find_array_problems(planned.root, name, spec, record.arrays[spec.name], quick=True):
+                return f"{name}: {problem}"
+    except (CacheCorruptError, CacheFormatError, FileNotFoundError) as error:
+        return str(error)
+    except CacheReadError as error:
+        raise CacheReadError(f"{error}; it may be sound and is left as it is: see to this and pull again") from error
+    return None

@@ -31,8 +31,8 @@ from storage.zarr_array import ArraySpec, group_metadata
 # Reads overlap, checksums do not (google_crc32c keeps the interpreter's lock), so more threads than a few only wait.
 MAX_WORKERS = 8
 
-# What says that bytes are gone; any other refusal (permission, a server that is away) says nothing about them.
-_DAMAGE = (None, errno.ENOENT, errno.EIO)
+# What says that bytes are gone; any other refusal (permission, a server that is away, a read that fails once) does not.
+_DAMAGE = (None, errno.ENOENT)
 
 ProblemKind = Literal["plan", "shard", "unreadable", "leftover", "stranger"]
 
@@ -299,7 +299,7 @@ class _Check:
         """Report whatever is there and is not part of the cache; ``missing`` shards have no commit."""
         uncommitted: set[int] = set()
         temps: set[str] = set()
-        for name in _list_files(self.root):
+        for name in _list_files(self.root, self._report_unlisted):
             if name in self.expected:
                 continue
             parts = name.split("/")
@@ -319,6 +319,12 @@ class _Check:
                 temps.add(temp)
             else:
                 self._report(_Place(file=name, shard=shard, kind="stranger"), "is not part of the cache")
+
+    def _report_unlisted(self, error: OSError) -> None:
+        """A directory that cannot be looked into may hold anything."""
+        path = Path(os.fsdecode(error.filename))
+        name = path.relative_to(self.root).as_posix()
+        self._report(_Place(file=name, kind="unreadable"), f"cannot be looked into: {error.strerror}")
 
     def _report(self, place: _Place, what: object) -> None:
         cause = what.__cause__ if isinstance(what, CacheReadError) else what
@@ -374,17 +380,20 @@ def _check_size(root: Path, name: str, num_bytes: int) -> None:
 def _read_exactly(fd: int, buffer: npt.NDArray[np.uint8], offset: int) -> npt.NDArray[np.uint8]:
     done = 0
     while done < buffer.size:
-        count = os.preadv(fd, [buffer.data[done:]], offset + done)
+        try:
+            count = os.preadv(fd, [buffer.data[done:]], offset + done)
+        except OSError as error:
+            raise CacheReadError(f"cannot read: {error.strerror}") from error
         if count == 0:
             raise CacheCorruptError(f"ends at byte {offset + done}")
         done += count
     return buffer
 
 
-def _list_files(root: Path) -> Iterator[str]:
+def _list_files(root: Path, onerror: Callable[[OSError], None]) -> Iterator[str]:
     """Files, links, and empty directories that should not be, relative to the cache, in a fixed order."""
     known = {layout.SAMPLES, layout.SHARDS, layout.COMMITS, layout.TARGET}
-    for directory, directories, files in os.walk(root):
+    for directory, directories, files in os.walk(root, onerror=onerror):
         directories.sort()
         base = Path(directory).relative_to(root)
         links = [name for name in directories if (Path(directory) / name).is_symlink()]

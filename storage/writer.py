@@ -19,7 +19,7 @@ from storage import layout
 from storage.commit import ArrayRecord, ExcludedSample, list_commits, read_commit, seal_commit
 from storage.errors import CacheBusyError, CacheUsageError
 from storage.faults import fault_point
-from storage.files import disk_errors, sync_directory, write_atomic, write_durable
+from storage.files import check_folders, disk_errors, sync_directory, write_atomic, write_durable
 from storage.locks import locked_shard
 from storage.plan import CachePlan
 from storage.samples import digest_tokens
@@ -37,6 +37,7 @@ class CacheWriter:
         self.path = self.plan.path
         self._num_excluded: dict[int, int] = {}
         directories = [self.path / layout.SHARDS, self.path / layout.COMMITS]
+        check_folders(self.path)
         with disk_errors(self.path):
             for directory in directories:
                 directory.mkdir(exist_ok=True)
@@ -46,7 +47,7 @@ class CacheWriter:
         """Planned shards without a commit, or with one whose shard is gone, ascending."""
         commits, _ = list_commits(self.path)  # first: a shard is there before its commit is
         with os.scandir(self.path / layout.SHARDS) as entries:
-            directories = {layout.parse_shard(entry.name) for entry in entries if entry.is_dir()}
+            directories = {layout.parse_shard(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)}
         return sorted(set(range(self.plan.num_shards)) - (commits & directories))
 
     def count_excluded(self, *, without: Collection[int] = ()) -> int:
@@ -99,7 +100,8 @@ class ShardWriter:
         """Take hold of the shard, until it is published or discarded. Raises CacheBusyError."""
         try:
             self._lock.enter_context(locked_shard(self._planned.root, self._planned.shard))
-            if self._commit.exists() and not self._final.is_dir():  # the shard itself is gone
+            is_here = self._final.is_dir() and not self._final.is_symlink()
+            if os.path.lexists(self._commit) and not is_here:  # the shard itself is gone
                 self._commit.unlink()
                 sync_directory(self._commit.parent)
             self._check_uncommitted()
@@ -183,7 +185,7 @@ class ShardWriter:
         self._lock.close()
 
     def _check_uncommitted(self) -> None:
-        if self._commit.exists():
+        if os.path.lexists(self._commit):
             raise CacheBusyError(f"{self._commit}: the shard is already committed; compute only the missing shards")
 
     def _publish(self) -> None:
@@ -199,7 +201,7 @@ class ShardWriter:
 
     def _rename(self) -> None:
         """Give the shard its name. What lies there without a record was left by a crash between rename and commit."""
-        if self._final.exists():
+        if os.path.lexists(self._final):
             grave = temp_path(self._final)
             self._final.rename(grave)
             remove_tree(grave)

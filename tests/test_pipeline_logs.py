@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from pipeline import logs
-from pipeline.logs import ConsoleHandler, LinePacer
+from pipeline.logs import ConsoleHandler, LinePacer, PlainConsole
 from storage import progress
 from storage.progress import Meter, Position, log_position, position_of
 
@@ -36,7 +36,7 @@ def lines_of(console: Console) -> list[str]:
 
 
 def test_elsewhere_a_line_every_ten_seconds_first_and_last_always(clock: list[float]) -> None:
-    console = Console(file=io.StringIO(), width=80)
+    console = PlainConsole(file=io.StringIO(), width=80)
     handler = ConsoleHandler(console, has_bar=False)
     handler.addFilter(LinePacer())
     logger = make_logger(handler)
@@ -48,7 +48,7 @@ def test_elsewhere_a_line_every_ten_seconds_first_and_last_always(clock: list[fl
 
 
 def test_messages_and_other_work_are_not_thinned_out(clock: list[float]) -> None:
-    console = Console(file=io.StringIO(), width=20)
+    console = PlainConsole(file=io.StringIO(), width=20)
     handler = ConsoleHandler(console, has_bar=False)
     handler.addFilter(LinePacer())
     logger = make_logger(handler)
@@ -61,7 +61,7 @@ def test_messages_and_other_work_are_not_thinned_out(clock: list[float]) -> None
 
 
 def test_on_a_terminal_a_live_bar_that_leaves_the_last_line() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    console = PlainConsole(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
     handler = ConsoleHandler(console, has_bar=True)
     logger = make_logger(handler)
     log_position(logger, at(40, eta_seconds=30 * 3600), "step 40  loss [1.5]")

@@ -17,8 +17,9 @@ from pipeline.report.figures import Plot, draw_plots
 from pipeline.report.recipes import SEED, Recipe, describe_recipes
 from pipeline.report.runs import Run, differing_keys
 from pipeline.report.words import describe_seconds, format_difference, format_value, readable
-from pipeline.show import format_bytes
+from stages.errors import SettingError
 from stages.whole_files import write_whole
+from storage.text import format_bytes
 
 PAGE = "report.html"
 PLOTS = "report"
@@ -26,7 +27,9 @@ TEMPLATE = "page.html.j2"
 
 
 def write_page(comparison: Comparison, out: Path) -> Path:
-    """Write `report.html` and `report/*.png` into the folder `out`; the page's path."""
+    """Write `report.html` and `report/*.png` into the folder `out`; the page's path. Raises SettingError."""
+    if (out / PLOTS).is_symlink():
+        raise SettingError(f"{out / PLOTS}: is a link, and nothing behind it is written or removed; remove it")
     plots = draw_plots(comparison.runs, recipes=comparison.recipes)
     (out / PLOTS).mkdir(parents=True, exist_ok=True)
     for plot in plots:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.report.pairing import Difference
+from storage.text import printable, redact
 
 
 def format_difference(difference: Difference | None) -> str:
@@ -49,5 +50,4 @@ def readable(text: str) -> str:
 
     "?" stands for what is no character, as in names that are not UTF-8, and for what steers a terminal.
     """
-    text = text.encode("utf-8", errors="replace").decode("utf-8")
-    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
+    return printable(redact(text), lines=True, mark="?")

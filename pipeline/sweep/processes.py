@@ -23,6 +23,7 @@ from stages.errors import StageError
 from stages.train.interrupt import stop_on_signals
 from stages.train.parallel import join_ranks
 from storage import CacheError
+from storage.text import plain
 
 WATCH_SECONDS = 0.3  # well below interrupt.REPEAT_SECONDS: a Ctrl-C that workers get twice must count once
 STOPPED_STATUS = 3
@@ -86,7 +87,7 @@ def _work(config: Config, index: int, verbose: bool) -> None:
             desk = Desk(open_sweep(config), say=click.echo, logs_aside=True)
             went_through = run_trials(config, desk, ranks=ranks)
     except (ConfigError, StageError, CacheError, OSError) as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(plain(f"Error: {error}"), err=True)
         sys.exit(1)
     except Exception:
         traceback.print_exc()

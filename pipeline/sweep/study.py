@@ -11,14 +11,13 @@ which the training continues. In a data base that several machines share, a tria
 interrupted once its process has not reported for GRACE_SECONDS.
 """
 
-import fcntl
 import os
 import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,8 @@ from pipeline.sweep.record import RECORD_FILE
 from pipeline.sweep.settings import SweepSection
 from stages.errors import SettingError
 from stages.whole_files import write_whole
+from storage.errors import CacheReadError
+from storage.locks import exclusive, lock, open_lock
 
 STUDY_FILE = "study.db"
 OWN_STUDY = "sweep"  # in that file
@@ -97,7 +98,7 @@ class Trials:
 
         A trial with the values of a complete one gets its tau, and is passed over; so are the numbers to `avoid`.
         """
-        with _locked(self.folder / LOCKS / "sweep"):
+        with exclusive(self.folder / LOCKS / "sweep", wait=True):
             self._free_interrupted()
             while (number := self._take(avoid)) is not None:
                 lock = self._lock_trial(number)
@@ -119,7 +120,7 @@ class Trials:
 
     def is_held_here(self) -> bool:
         """Whether a process of this folder is at work on a trial."""
-        with _locked(self.folder / LOCKS / "sweep"):
+        with exclusive(self.folder / LOCKS / "sweep", wait=True):
             running = self._select(TrialState.RUNNING)
             return any(self._is_here(trial) and not self._is_free(trial.number) for trial in running)
 
@@ -252,7 +253,7 @@ class Trials:
 
     def _lock_trial(self, number: int) -> int | None:
         """A descriptor that holds the trial's lock until it is closed; None if another has it."""
-        return _lock(self.folder / LOCKS / f"trial_{number:04d}", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return _lock(self.folder / LOCKS / f"trial_{number:04d}")
 
     def _release(self, trial: ClaimedTrial) -> None:
         trial.finished.set()
@@ -276,7 +277,7 @@ def open_trials(config: Config, *, cache: dict[str, str], retries_failed: bool =
     sweep = sweep_section(config)
     folder = config.train.run_dir
     (folder / LOCKS).mkdir(parents=True, exist_ok=True)
-    with _locked(folder / LOCKS / "sweep"):  # also while the storage makes its tables
+    with exclusive(folder / LOCKS / "sweep", wait=True):  # also while the storage makes its tables
         storage = _open_storage(sweep, folder)
         name = _study_name(sweep, folder, storage)
         study = optuna.create_study(
@@ -376,21 +377,14 @@ def _place(folder: Path) -> str:
     return file.read_text(encoding="ascii")
 
 
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    descriptor = _lock(file, fcntl.LOCK_EX)
+def _lock(file: Path) -> int | None:
+    """A descriptor that holds the lock, or None if another has it. Raises CacheReadError."""
+    descriptor = open_lock(file)
     try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _lock(file: Path, operation: int) -> int | None:
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, operation)
-    except BlockingIOError:
+        if lock(descriptor, file) != "busy":
+            return descriptor
+    except CacheReadError:
         os.close(descriptor)
-        return None
-    return descriptor
+        raise
+    os.close(descriptor)
+    return None

@@ -34,6 +34,7 @@ from stages.extract.run import (
 )
 from stages.extract.samples import SampleCounts, plan_samples
 from storage import CachePlan, CacheWriter, PlannedSample, check_identity
+from storage.text import redact
 
 # Fields of the identity that the import of states that others computed cannot know; they hold the config's values.
 UNKNOWN_FIELDS = ("attn_implementation", "max_batch_tokens", "supervise")
@@ -102,7 +103,7 @@ def _describe_source(settings: Settings, source: PeerCache) -> Inputs:
             f"{source.path}: its states have {source.hidden_size} values, those of {settings.target.model} have "
             f"{inputs.header.hidden_size}; name the target that the source was made with"
         )
-    provenance = inputs.header.provenance | {"data": str(source.path), "imported from": source.name}
+    provenance = inputs.header.provenance | {"data": redact(str(source.path)), "imported from": source.name}
     provenance.pop("rope", None)  # the source's own, which it does not say
     return replace(inputs, header=inputs.header.model_copy(update={"provenance": provenance}))
 

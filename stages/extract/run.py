@@ -50,6 +50,7 @@ from storage import (
     PlannedSample,
     check_identity,
 )
+from storage.text import redact
 
 SPACE_MARGIN_BYTES = 64 << 20  # what must stay free beside the cache: logs, checkpoints, the file system's own needs
 
@@ -141,9 +142,9 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
         logit_scale=shape.logit_scale,
         logit_softcap=shape.logit_softcap,
         provenance={
-            "target": target.model,
+            "target": redact(target.model),
             "revision": target.revision or "",
-            "data": " ".join((*data.files, *data.validation_files)),
+            "data": redact(" ".join((*data.files, *data.validation_files))),
             "host": platform.node(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -16,6 +16,7 @@ from stages.extract.rows import BadRowError, DataError, Row
 from stages.extract.settings import DataSection
 from stages.extract.tokenize import SampleTokenizer
 from storage import PlannedSample, Split
+from storage.text import redact
 
 EXAMPLES_PER_REASON = 3
 SPLIT_NAMES: dict[str, Split] = {
@@ -140,7 +141,7 @@ class RowPlanner:
             raise BadRowError(f"contains the mask token {self.mask_token_id}; choose another draft.mask_token_id")
         sample = PlannedSample(
             sample_id=sample_id,
-            source_file=row.file,
+            source_file=redact(row.file),
             source_row=row.row,
             input_ids=input_ids,
             loss_mask=loss_mask,

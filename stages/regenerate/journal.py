@@ -4,7 +4,6 @@ A line is a crc32c, a space and the outcome as JSON. What a kill or a power cut 
 cut off, and asked again. Of several lines for one row the last counts: a failed row that was asked again.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -15,7 +14,9 @@ from pathlib import Path
 from stages.regenerate.dialogue import Outcome
 from stages.regenerate.disk import disk_errors
 from stages.regeneration_record import RegenerationError
+from storage.errors import CacheReadError
 from storage.files import crc32c_hex
+from storage.locks import lock
 
 SYNC_SECONDS = 1.0  # what a power cut may cost; a killed process loses nothing that was appended
 
@@ -94,11 +95,11 @@ class Journal:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RegenerationError(f"{self._file}: another process is regenerating into this folder") from error
-        except OSError:
-            pass  # a file system without locks
+            got = lock(self._stream.fileno(), self._file)
+        except CacheReadError as error:
+            raise RegenerationError(str(error)) from error
+        if got == "busy":
+            raise RegenerationError(f"{self._file}: another process is regenerating into this folder")
 
     def _read(self) -> None:
         self._stream.seek(0)

@@ -25,6 +25,7 @@ from stages.train.settings import TrainSection
 from stages.train.validation import Validate, Validation
 from storage import CacheReader
 from storage.progress import Position, log_position
+from storage.text import format_duration
 
 REPORT_SECONDS = 20  # a step that takes longer says how far it is
 
@@ -201,7 +202,7 @@ def compute_dtype(device: torch.device, dtype: str) -> Iterator[None]:
 def format_step(row: dict[str, Any], *, num_steps: int) -> str:
     """The fixed-width progress line of a step."""
     accept = row["accept_rate_per_pos"]
-    eta = time.strftime("%H:%M:%S", time.gmtime(row["eta_seconds"]))
+    eta = format_duration(row["eta_seconds"])
     return (
         f"step {row['step']:6d}/{num_steps}  epoch {row['epoch']:3d}  loss {row['loss']:7.4f}  tau {row['tau']:6.3f}  "
         f"accept {accept[0]:5.3f}..{accept[-1]:5.3f}  lr {row['lr']:8.2e}  norm {row['grad_norm']:8.3f}  "

@@ -26,6 +26,7 @@ from stages.train.model import Qwen3DSparkModel
 from stages.train.order import Schedule, plan_epoch, plan_micro_batches
 from stages.train.settings import TrainSection
 from storage import CacheReader
+from storage.text import format_bytes
 
 FLOAT32_BYTES = 4
 CPU_SCRATCH_BYTES = {"float32": 48 << 20, "bfloat16": 112 << 20}  # of libraries and the heap's gaps (measured)
@@ -182,11 +183,6 @@ def free_memory(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0])
     bounds = [bound for bound in (_available(), *_group_bounds()) if bound is not None]
     return min(bounds) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if bounds else None
-
-
-def format_bytes(count: int) -> str:
-    """In MB or GB."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _activation_bytes(

@@ -1,6 +1,5 @@
 """Stage two from end to end: a cache in, a trained draft out."""
 
-import fcntl
 import logging
 import math
 import os
@@ -45,6 +44,8 @@ from stages.train.validation import Validate
 from stages.train.warm_start import digest_draft, load_initial_weights
 from stages.whole_files import write_whole
 from storage import CacheReader
+from storage.errors import CacheReadError
+from storage.locks import lock
 
 # Settings that may differ between a run and its resume: they change no weight, or only in how a sum is rounded, as
 # another device or another number of ranks does.
@@ -341,11 +342,16 @@ def _exclusive(run_dir: Path) -> Iterator[None]:
             f"{run_dir}: cannot be the folder of a run: {error.strerror}; set train.run_dir to a new folder"
         ) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise CheckpointError(f"another process is training in {run_dir}; set train.run_dir to a new folder") from error
-    try:
+        _take_lock(descriptor, run_dir)
         yield
     finally:
         os.close(descriptor)
+
+
+def _take_lock(descriptor: int, run_dir: Path) -> None:
+    try:
+        got = lock(descriptor, run_dir / ".lock")
+    except CacheReadError as error:
+        raise CheckpointError(str(error)) from error
+    if got == "busy":
+        raise CheckpointError(f"another process is training in {run_dir}; set train.run_dir to a new folder")
