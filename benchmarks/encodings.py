@@ -74,7 +74,8 @@ def measure(name: str, states: torch.Tensor, folder: Path) -> None:
     decode()
     encoding = num_bytes / statistics.median(core_seconds(encode) for _ in range(3)) / 1e6
     decoding = num_decoded * (raw // num_tokens) / statistics.median(core_seconds(decode) for _ in range(3)) / 1e6
-    error = inspect_cache(config.cache.path).total_variation
+    loss = inspect_cache(config.cache.path).loss
+    error = loss.total_variation if loss else None
     shown = "" if error is None else f"{error.mean:.4f}, {error.p99:.4f} at {error.num_positions} positions"
     print(
         f"{name:14}{files / num_tokens:12,.0f}{files / raw:10.4f}{encoding:14,.0f}{decoding:14,.0f}   {shown}",
