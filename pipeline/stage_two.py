@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from pipeline.cached_values import adopt_identity
 from pipeline.config import Config, to_toml
 from pipeline.stage_one import settings_of
 from stages.device import choose_device
@@ -48,10 +49,12 @@ class NonFiniteScoreError(StageError, ArithmeticError):
 def open_cache(config: Config, *, layers: tuple[int, ...] | None) -> CacheReader:
     """The config's cache, refused if it was made from something else than the config says.
 
-    Target and data are compared where their files are at hand; stage two needs neither of them.
+    What the config leaves open is as the cache has it. Target and data are compared where their files are at hand; stage
+    two needs neither of them.
     """
     cache = config.cache
     reader = open_reader(cache)
+    config = adopt_identity(config, reader.identity)
     check_identity(reader.identity, wanted_identity(config, cached=reader.identity), where=cache.path)
     if layers is None:
         return reader
@@ -134,6 +137,7 @@ def _train_draft(
     config: Config, *, stop: StopRequest, profiled: bool, ranks: Ranks, judge: Judge | None
 ) -> TrainResult:
     reader = open_cache(config, layers=config.draft.target_layer_ids)
+    config = adopt_identity(config, reader.identity)
 
     def measure(module: DSparkTrainerModule) -> dict[str, Any]:
         scores = _score_split(config, module, reader=reader, ranks=ranks, stop=stop)
