@@ -106,7 +106,7 @@ def encoding_loss(console: Console, loss: EncodingLoss) -> None:
     if loss.bad_layers:
         names = ", ".join(_layer_name(error.layer) for error in loss.bad_layers)
         console.print(
-            f"warning: {names}: {loss.encoding} loses more than {MAX_RELATIVE_ERROR:.0%} of some states; "
+            f"warning: layers {names}: {loss.encoding} loses more than {MAX_RELATIVE_ERROR:.0%} of some states; "
             'cache.encoding = "bf16-lossless" or "bf16" loses nothing (in a new cache.path)',
             markup=False,
             style="red",

@@ -49,8 +49,8 @@ class NonFiniteScoreError(StageError, ArithmeticError):
 def open_cache(config: Config, *, layers: tuple[int, ...] | None) -> CacheReader:
     """The config's cache, refused if it was made from something else than the config says.
 
-    What the config leaves open is as the cache has it. Target and data are compared where their files are at hand; stage
-    two needs neither of them.
+    What the config leaves open is as the cache has it. Target and data are compared where their files are at hand;
+    stage two needs neither of them.
     """
     cache = config.cache
     reader = open_reader(cache)

@@ -1,5 +1,6 @@
 """`dspark inspect` and the options of `dspark verify`, on caches of known content."""
 
+import io
 import json
 import logging
 import os
@@ -7,18 +8,20 @@ import pty
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from rich.console import Console
 from safetensors.torch import load_file
 
-from pipeline import inspection
+from pipeline import inspection, show
 from pipeline.cli import main
 from pipeline.config import to_toml
-from pipeline.inspection import Histogram, count_values, inspect_cache
+from pipeline.inspection import EncodingLoss, Histogram, LayerError, count_values, inspect_cache
 from pipeline.stage_one import settings_of
 from stages.extract.run import extract
 from storage import CachePlan, CacheReader, CacheWriter, Sample, verify_cache
@@ -272,3 +275,24 @@ def test_what_a_lossy_encoding_costs_is_measured_and_shown(tmp_path: Path) -> No
         assert error.median == pytest.approx(np.median(errors_TS[:, place]), rel=0.1)
         assert np.median(errors_TS[:, place]) < error.p99 <= errors_TS[:, place].max() + 1e-6
     assert "lost by the encoding" in CliRunner().invoke(main, ["inspect", str(lossy.cache.path)]).output
+
+
+def test_a_layer_that_loses_much_is_a_warning_that_names_an_exact_encoding() -> None:
+    """More than 5 % in the worst token of a hundred; a cache of version 1 says that it does not know."""
+    layers = tuple(
+        LayerError(layer=layer, num_tokens=128, median=0.01, p99=p99)
+        for layer, p99 in ((3, 0.049), (14, 0.43), (None, 0.02))
+    )
+    loss = EncodingLoss(encoding="fp8", total_variation=None, layers=layers)
+    assert [error.layer for error in loss.bad_layers] == [14]
+    console = Console(width=120, record=True, file=io.StringIO())
+    show.encoding_loss(console, loss)
+    shown = console.export_text()
+    assert "warning: layers 14: fp8 loses more than 5% of some states" in shown
+    assert 'cache.encoding = "bf16-lossless"' in shown
+    assert "0.4300" in shown
+    console = Console(width=120, record=True, file=io.StringIO())
+    show.encoding_loss(console, replace(loss, layers=()))
+    shown = console.export_text()
+    assert "version 1 do not say what the encoding loses in a layer" in shown
+    assert "warning" not in shown
