@@ -372,9 +372,10 @@ def _extract(settings: Config, *, share: Share = ALONE) -> None:
 def _extract_missing(settings: Config) -> None:
     """What a training needs of a cache that is not another project's; the ranks of torchrun share the work."""
     from pipeline import stage_two
+    from pipeline.cached_values import adopt_cache
 
     if not stage_two.is_imported(settings):
-        _extract(settings, share=Share.of_torchrun())
+        _extract(adopt_cache(settings), share=Share.of_torchrun())
 
 
 @contextmanager

@@ -4,7 +4,7 @@ The plan tells most of it, for an unfinished cache too. States, tokens and recor
 size, drawn with a seed, so the time does not grow with the cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from storage import (
     CachePlan,
     CacheReader,
     CommitRecord,
+    LossyCommitRecord,
     LossyCommitRecordV1,
     Sample,
     list_commits,
@@ -32,6 +33,7 @@ MAX_SIZED_SHARDS = 256
 NUM_BINS = 12
 NUM_FREQUENT_TOKENS = 10
 MAX_EXCLUSIONS = 20
+MAX_RELATIVE_ERROR = 0.05  # of a layer's worst tokens but 1 %: above, other encodings are named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +95,39 @@ class TotalVariation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerError:
+    """‖decoded - exact‖₂ / ‖exact‖₂ of one layer (None: the last state) over `num_tokens` tokens."""
+
+    layer: int | None
+    num_tokens: int
+    median: float
+    p99: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingLoss:
+    """What a lossy encoding costs, from the records of up to MAX_SIZED_SHARDS committed shards.
+
+    `total_variation` is None where no position was measured; `layers` is empty where records have none (version 1).
+    """
+
+    encoding: str
+    total_variation: TotalVariation | None
+    layers: tuple[LayerError, ...]
+
+    @property
+    def bad_layers(self) -> tuple[LayerError, ...]:
+        """Those of which more than 1 % of the tokens are above MAX_RELATIVE_ERROR."""
+        return tuple(layer for layer in self.layers if layer.p99 > MAX_RELATIVE_ERROR)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inspection:
     """Everything that `dspark inspect` shows. Sizes in bytes.
 
     `num_committed_bytes` are the chunk files of committed shards, from their records; `is_estimated`: from
-    MAX_SIZED_SHARDS of them, by tokens. `total_variation` is None where nothing is lost. Lengths, masks and splits are
-    of every planned sample.
+    MAX_SIZED_SHARDS of them, by tokens. `loss` is None where nothing is lost. Lengths, masks and splits are of every
+    planned sample.
     """
 
     path: str
@@ -117,7 +146,7 @@ class Inspection:
     num_committed_tokens: int
     num_committed_bytes: int
     is_estimated: bool
-    total_variation: TotalVariation | None
+    loss: EncodingLoss | None
     lengths: Histogram
     length_quantiles: tuple[int, ...]
     supervised: Histogram
@@ -146,7 +175,7 @@ def inspect_cache(path: Path) -> Inspection:
     committed = sorted(commits & set(range(plan.num_shards)))
     num_committed_tokens = sum(plan.planned_shard(shard).num_tokens for shard in committed)
     num_counted, frequent = count_tokens(plan)
-    records = [_read_record(plan, shard, markers) for shard in _draw(committed, MAX_SIZED_SHARDS)]
+    records = _read_records(plan, committed, markers)
     num_excluded, exclusions = list_exclusions(plan, sorted(markers & set(committed)))
     return Inspection(
         path=str(path),
@@ -165,7 +194,7 @@ def inspect_cache(path: Path) -> Inspection:
         num_committed_tokens=num_committed_tokens,
         num_committed_bytes=size_shards(records, num_tokens=num_committed_tokens),
         is_estimated=len(committed) > MAX_SIZED_SHARDS,
-        total_variation=sum_up_error(records),
+        loss=sum_up_loss(plan, records),
         lengths=count_values(index.num_tokens),
         length_quantiles=tuple(np.quantile(index.num_tokens, [0, 0.25, 0.5, 0.75, 1]).astype(int).tolist()),
         supervised=count_values(index.num_supervised),
@@ -196,14 +225,41 @@ def size_shards(records: Sequence[CommitRecord], *, num_tokens: int) -> int:
     return num_bytes * num_tokens // max(sum(record.num_tokens for record in records), 1)
 
 
-def sum_up_error(records: Sequence[CommitRecord]) -> TotalVariation | None:
-    """What the lossy encoding of these shards costs; None for an exact one."""
-    values = [
-        value for record in records if isinstance(record, LossyCommitRecordV1) for value in record.total_variation
-    ]
-    if not values:
+def measure_loss(plan: CachePlan) -> EncodingLoss | None:
+    """What the encoding of the plan's committed shards costs; None for an exact one, or where no shard is committed."""
+    commits, markers = list_commits(plan.path)
+    committed = sorted(commits & set(range(plan.num_shards)))
+    return sum_up_loss(plan, _read_records(plan, committed, markers)) if plan.header.encoding.lossy else None
+
+
+def sum_up_loss(plan: CachePlan, records: Sequence[CommitRecord]) -> EncodingLoss | None:
+    """As `measure_loss`, of these records."""
+    lossy = [record for record in records if isinstance(record, LossyCommitRecordV1)]
+    if not lossy:
         return None
+    values = [value for record in lossy for value in record.total_variation]
+    return EncodingLoss(
+        encoding=plan.header.encoding.name,
+        total_variation=_sum_up_variation(values) if values else None,
+        layers=tuple(_sum_up_layers(plan, [record for record in lossy if isinstance(record, LossyCommitRecord)])),
+    )
+
+
+def _sum_up_variation(values: Sequence[float]) -> TotalVariation:
     return TotalVariation(num_positions=len(values), mean=float(np.mean(values)), p99=float(np.quantile(values, 0.99)))
+
+
+def _sum_up_layers(plan: CachePlan, records: Sequence[LossyCommitRecord]) -> Iterator[LayerError]:
+    for place, layer in enumerate([*plan.header.identity.layers, None]):
+        values = [value for record in records for value in record.relative_error[place]]
+        if values:
+            median, p99 = np.quantile(values, [0.5, 0.99]).tolist()
+            yield LayerError(layer=layer, num_tokens=len(values), median=median, p99=p99)
+
+
+def _read_records(plan: CachePlan, committed: Sequence[int], markers: set[int]) -> list[CommitRecord]:
+    """The records of up to MAX_SIZED_SHARDS committed shards."""
+    return [_read_record(plan, shard, markers) for shard in _draw(committed, MAX_SIZED_SHARDS)]
 
 
 def _read_record(plan: CachePlan, shard: int, markers: set[int]) -> CommitRecord:

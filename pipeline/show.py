@@ -20,7 +20,7 @@ from storage import ENCODINGS, CacheReader, RepairReport, TransferResult, Verify
 from storage.text import format_bytes, format_duration, plain, printable
 
 if TYPE_CHECKING:  # what these import takes seconds
-    from pipeline.inspection import Histogram, Inspection, StateSample
+    from pipeline.inspection import EncodingLoss, Histogram, Inspection, StateSample
     from pipeline.regeneration_price import RegenerationPrice
     from stages.evaluate.evaluation import Evaluation, Scheduling
     from stages.extract.price import Price
@@ -52,13 +52,15 @@ def price(console: Console, price: Price, counts: SampleCounts) -> None:
         table.add_row("forward passes", f"about {_hours(price.hours)} on this machine's {price.device}")
     console.print(table)
     tiers = Table("cache.encoding", title="the same states in every encoding", title_justify="left", title_style="bold")
-    for title in ("bytes a token", "total", "of bf16"):
+    for title in ("bytes a token", "total", "of bf16", "error of a layer"):
         tiers.add_column(title, justify="right")
     exact = next(tier for tier in price.tiers if tier.encoding == "bf16").bytes_per_token
     for tier in price.tiers:
         sizes = (f"{tier.bytes_per_token:,}", format_bytes(tier.num_bytes), f"{tier.bytes_per_token / exact:.2f}")
-        tiers.add_row(tier.encoding, *sizes, style="bold" if tier.encoding == price.encoding else None)
+        error = f"about {tier.known_error:.1%}" if tier.known_error else ""
+        tiers.add_row(tier.encoding, *sizes, error, style="bold" if tier.encoding == price.encoding else None)
     console.print(tiers)
+    console.print("  errors are those of SmolLM2-135M; extract measures and shows this target's", markup=False)
     for line in counts.describe():
         console.print(f"  {line}", markup=False)
 
@@ -106,8 +108,40 @@ def extraction(console: Console, result: ExtractResult) -> None:
     for split, counts in summary.splits.items():
         share = _split_share(counts.num_samples, counts.num_tokens, summary.num_tokens)
         console.print(f"split {split}: {share}", markup=False)
+    from pipeline.inspection import measure_loss
+
+    if (loss := measure_loss(plan)) is not None:
+        encoding_loss(console, loss)
     if result.num_excluded:
         console.print(f"{result.num_excluded} samples with non-finite states were quarantined", markup=False)
+
+
+def encoding_loss(console: Console, loss: EncodingLoss) -> None:
+    """What a lossy encoding loses in every stored layer and in the target's distribution, as the records say."""
+    from pipeline.inspection import MAX_RELATIVE_ERROR
+
+    table = Table("layer", title=f"lost by the encoding {loss.encoding}, as measured while it was written", **_LEFT)
+    for title in ("relative error, median", "99 % below", "tokens"):
+        table.add_column(title, justify="right")
+    for error in loss.layers:
+        style = "red" if error in loss.bad_layers else None
+        values = (f"{error.median:.4f}", f"{error.p99:.4f}", f"{error.num_tokens:,}")
+        table.add_row(_layer_name(error.layer), *values, style=style)
+    console.print(table if loss.layers else "caches of format version 1 do not say what the encoding loses in a layer")
+    if (variation := loss.total_variation) is not None:
+        console.print(
+            f"total variation of the target's distribution {variation.mean:.4f} in the mean, 99 % below "
+            f"{variation.p99:.4f}, at {variation.num_positions:,} positions",
+            markup=False,
+        )
+    if loss.bad_layers:
+        names = ", ".join(_layer_name(error.layer) for error in loss.bad_layers)
+        console.print(
+            f"warning: layers {names}: {loss.encoding} loses more than {MAX_RELATIVE_ERROR:.0%} of some states; "
+            'cache.encoding = "bf16-lossless" or "bf16" loses nothing (in a new cache.path)',
+            markup=False,
+            style="red",
+        )
 
 
 def transfer(console: Console, result: TransferResult, *, source: str | Path, destination: str | Path) -> None:
@@ -262,6 +296,8 @@ def remote_cache(console: Console, reader: CacheReader) -> None:
 def cache(console: Console, found: Inspection) -> None:
     """Identity, sizes, lengths, mask coverage, norms, frequent tokens and exclusions of a cache."""
     console.print(_cache_summary(found))
+    if found.loss is not None:
+        encoding_loss(console, found.loss)
     console.print(_histogram_table("tokens a sample", found.lengths))
     console.print(_histogram_table("supervised tokens a sample", found.supervised))
     console.print(_histogram_table("supervised share of a sample", found.mask_shares, is_share=True))
@@ -304,10 +340,6 @@ def _cache_summary(found: Inspection) -> Table:
     if found.num_committed_tokens:
         on_disk += f", {found.num_committed_bytes / found.num_committed_tokens:,.0f} bytes a token with padding"
     table.add_row("states on disk", on_disk)
-    if found.total_variation is not None:
-        error = found.total_variation
-        shown = f"total variation {error.mean:.4f} in the mean, 99 % below {error.p99:.4f}"
-        table.add_row("lost by the encoding", f"{shown}, at {error.num_positions:,} positions")
     table.add_row("plan on disk", format_bytes(found.plan_file_bytes))
     quantiles = "min {:,} | 25 % {:,} | median {:,} | 75 % {:,} | max {:,}".format(*found.length_quantiles)
     table.add_row("tokens a sample", quantiles)

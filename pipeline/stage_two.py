@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from pipeline.cached_values import adopt_identity
 from pipeline.config import Config, to_toml
 from pipeline.stage_one import settings_of
 from stages.device import choose_device
@@ -23,7 +24,7 @@ from stages.evaluate.calibration import Origin, write_calibration
 from stages.evaluate.evaluation import Evaluation, evaluate_fully, write_evaluation
 from stages.evaluate.throughput import read_throughput_table
 from stages.extract.import_run import UNKNOWN_FIELDS, describe_imported
-from stages.extract.rows import expand_files
+from stages.extract.rows import find_files
 from stages.extract.run import Settings, configured_identity, describe_inputs, read_plan
 from stages.extract.settings import CacheSection
 from stages.regeneration_record import MANIFEST
@@ -54,11 +55,13 @@ class NonFiniteScoreError(StageError, ArithmeticError):
 def open_cache(config: Config, *, layers: tuple[int, ...] | None, opened: CacheReader | None = None) -> CacheReader:
     """The config's cache, refused if it was made from something else than the config says.
 
-    Target and data are compared where their files are at hand; stage two needs neither of them. `opened`: a reader of
-    this cache that the process has already, whose manifest and index are then not read again.
+    What the config leaves open is as the cache has it. Target and data are compared where their files are at hand;
+    stage two needs neither of them. `opened`: a reader of this cache that the process has already, whose manifest and
+    index are then not read again.
     """
     cache = config.cache
     reader = opened or open_reader(cache)
+    config = adopt_identity(config, reader.identity)
     check_identity(reader.identity, wanted_identity(config, cached=reader.identity), where=cache.path)
     if layers is None:
         return reader.with_layers(None)
@@ -117,7 +120,8 @@ def _wanted_identity(config: Config, *, cached: CacheIdentity) -> CacheIdentity:
 
 def _input_files(settings: Settings) -> list[Path]:
     """Every local file that decides an identity: of the data, with what lies beside it, and of the target."""
-    data = [Path(file) for file in expand_files(settings.data.files)]
+    files, validation_files = find_files(settings.data.files, settings.data.validation_files)
+    data = [Path(file) for file in (*files, *validation_files)]
     beside = [folder / MANIFEST for folder in {file.parent for file in data} if (folder / MANIFEST).is_file()]
     template = [settings.data.chat_template] if settings.data.chat_template else []
     target = [file for file in Path(settings.target.model).rglob("*") if file.is_file()]
@@ -158,6 +162,8 @@ def train_draft(
 def _train_draft(
     config: Config, reader: CacheReader, *, stop: StopRequest, profiled: bool, ranks: Ranks, judge: Judge | None
 ) -> TrainResult:
+    config = adopt_identity(config, reader.identity)
+
     def measure(module: DSparkTrainerModule) -> dict[str, Any]:
         scores = _score_split(config, module, reader=reader, ranks=ranks, stop=stop)
         block_size = module.draft_model.config.block_size

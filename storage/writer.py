@@ -140,13 +140,19 @@ class ShardWriter:
                 states.finish()
             self._is_finished = True
 
+    def read_hidden(self, rows: Iterable[int]) -> torch.Tensor:
+        """`hidden_states` [R, L, D] of rows of the finished shard, as a reader will decode them."""
+        return self._read_back(self._states[0].arrays, rows)
+
     def read_last(self, rows: Iterable[int]) -> torch.Tensor:
         """`last_hidden_states` [R, D] of rows of the finished shard, as a reader will decode them."""
-        last = self._states[1].arrays
+        return self._read_back(self._states[1].arrays, rows)
+
+    def _read_back(self, arrays: Sequence[ArrayWriter], rows: Iterable[int]) -> torch.Tensor:
         opened = open_states(
             self._temp,
-            [array.spec for array in last],
-            {array.spec.name: _record_of(array) for array in last},
+            [array.spec for array in arrays],
+            {array.spec.name: _record_of(array) for array in arrays},
             self._planned.encoding,
             Access(mapped=False, check=True),
             hint="the disk gives back other bytes than were written",

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from stages.extract.capture import Capture, find_non_finite, pad_batch
+from stages.extract.capture import Capture, convert_states, find_non_finite, pad_batch
 from stages.extract.target import TargetError, find_parts
 from tiny_target import SHAPE
 
@@ -95,6 +95,14 @@ def test_non_finite_states_are_found_with_their_first_layer() -> None:
         parts.embed_tokens.weight[6] = float("nan")
     found = list(find_non_finite(capture(ids), layers=LAYERS))
     assert found == [(1, -1, "non-finite state")]
+
+
+def test_in_fp16_too_large_is_told_from_not_finite() -> None:
+    states = torch.tensor([1.0, -7e4, 65_504.0, float("nan"), float("inf"), -float("inf")], dtype=torch.bfloat16)
+    found = convert_states(states, torch.float16)
+    assert found.isnan().tolist() == [False, False, False, True, True, True]
+    assert found[1] == -float("inf")
+    assert torch.equal(convert_states(states, torch.bfloat16).isnan(), states.isnan())
 
 
 def test_states_that_are_not_one_a_token_are_refused() -> None:

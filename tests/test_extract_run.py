@@ -1,13 +1,14 @@
 """Extraction from end to end on a tiny target: the bytes, the resume, the refusals."""
 
 import hashlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import Config, to_toml
+from pipeline.inspection import inspect_cache
 from pipeline.stage_one import settings_of
 from stages.extract import run
-from stages.extract.capture import Capture, CapturedBatch, PaddedBatch, pad_batch
+from stages.extract.capture import TOO_LARGE, Capture, CapturedBatch, PaddedBatch, pad_batch
 from stages.extract.rows import DataError
 from stages.extract.samples import SampleCounts, choose_split
-from stages.extract.shards import QuarantineError
+from stages.extract.shards import ComputeStates, QuarantineError, compute_shards
 from stages.extract.target import TargetError, load_target
 from storage import (
     CacheIdentityError,
@@ -31,6 +33,8 @@ from storage import (
     CachePlan,
     CacheReader,
     CacheSpaceError,
+    CacheWriter,
+    PlannedSample,
     ShardWriter,
     plan_batches,
     verify_cache,
@@ -428,6 +432,50 @@ def test_non_finite_samples_are_quarantined_up_to_a_limit(tmp_path: Path, monkey
     with pytest.raises(QuarantineError, match="1 samples have non-finite states"):
         extract(strict)
     assert CachePlan.read(strict.cache.path)
+
+
+def enlarge(config: Config) -> None:
+    """The tiny target's embedding times 1e7: its states stay finite in bfloat16 and leave fp16's range from -1 on."""
+    file = Path(config.target.model) / "model.safetensors"
+    weights = load_file(file)
+    name = "model.embed_tokens.weight"
+    save_file({**weights, name: weights[name] * 1e7}, file, metadata={"format": "pt"})
+
+
+def test_states_too_large_for_fp16_are_refused_at_the_first_batch(tmp_path: Path) -> None:
+    """They are finite, and bf16 holds them."""
+    config = make_config(tmp_path, cache__encoding="fp16", extract__max_quarantined_fraction=1.0)
+    enlarge(config)
+    match = r"samples: layer -1: finite state above 65,504.*cache\.encoding = \"bf16\", in a new cache\.path"
+    with pytest.raises(QuarantineError, match=match):
+        extract(config)
+    wide = make_config(tmp_path, cache__path=tmp_path / "bf16")
+    assert extract(wide).num_excluded == 0
+    with CacheReader(wide.cache.path) as reader:
+        assert float(reader[0].hidden_states.float().abs().max()) > 65_504
+
+
+def test_later_states_too_large_for_fp16_are_quarantined_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, num_chats=90, cache__encoding="fp16", extract__max_quarantined_fraction=0.5)
+    calls = itertools.count()
+
+    def computing(writer: CacheWriter, shards: list[int], *, compute: ComputeStates, **rest: Any) -> Iterator[int]:
+        @torch.inference_mode()
+        def enlarged(samples: list[PlannedSample]) -> CapturedBatch:
+            batch = compute(samples)
+            if next(calls) == 2:
+                batch.hidden_states[0, 2, 5] = torch.tensor(70_000.0).half()  # as a finite state of that size arrives
+            return batch
+
+        return compute_shards(writer, shards, compute=enlarged, **rest)
+
+    monkeypatch.setattr(run, "compute_shards", computing)
+    result = extract(config)
+    assert result.num_excluded == 1
+    shown = inspect_cache(config.cache.path).exclusions
+    assert [(item.layer, item.reason) for item in shown] == [(3, TOO_LARGE)]
 
 
 def test_equal_prompts_are_on_one_side_of_the_split() -> None:

@@ -1,5 +1,6 @@
 """`dspark inspect` and the options of `dspark verify`, on caches of known content."""
 
+import io
 import json
 import logging
 import os
@@ -7,21 +8,23 @@ import pty
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from rich.console import Console
 from safetensors.torch import load_file
 
-from pipeline import inspection
+from pipeline import inspection, show
 from pipeline.cli import main
 from pipeline.config import to_toml
-from pipeline.inspection import Histogram, count_values, inspect_cache
+from pipeline.inspection import EncodingLoss, Histogram, LayerError, count_values, inspect_cache
 from pipeline.stage_one import settings_of
 from stages.extract.run import extract
-from storage import CachePlan, CacheReader, CacheWriter, verify_cache
+from storage import CachePlan, CacheReader, CacheWriter, Sample, verify_cache
 from storage_cache import LENGTHS, files_of, fill_cache, make_cache, make_header, make_samples, plan_cache, states_of
 from tiny_target import make_config
 
@@ -232,17 +235,28 @@ def test_a_bar_on_a_terminal_and_nothing_on_a_pipe(tmp_path: Path) -> None:
     assert "whole" in on_pipe.stdout
 
 
+def relative_errors(exact: Sample, decoded: Sample) -> np.ndarray:
+    """[T, L + 1] in float64, the last state behind the layers."""
+    one, other = (
+        torch.cat([sample.hidden_states, sample.last_hidden_states[:, None]], dim=1).double().numpy()
+        for sample in (exact, decoded)
+    )
+    return np.linalg.norm(other - one, axis=-1) / np.linalg.norm(one, axis=-1)
+
+
 def test_what_a_lossy_encoding_costs_is_measured_and_shown(tmp_path: Path) -> None:
     """The commits' numbers are the total variation of what a reader gets, computed here without the project's code."""
     exact = make_config(tmp_path, cache__path=tmp_path / "exact", target__dtype="float32", num_chats=60)
     lossy = make_config(tmp_path, cache__path=tmp_path / "lossy", target__dtype="float32", cache__encoding="int8")
     for config in (exact, lossy):
         extract(settings_of(config))
-    found = inspect_cache(lossy.cache.path).total_variation
+    loss = inspect_cache(lossy.cache.path).loss
+    assert loss is not None
+    found = loss.total_variation
     assert found is not None
-    assert inspect_cache(exact.cache.path).total_variation is None
+    assert inspect_cache(exact.cache.path).loss is None
     head = load_file(exact.cache.path / "target" / "head.safetensors")["lm_head.weight"].float()
-    values = []
+    values, errors = [], []
     with CacheReader(exact.cache.path) as truth, CacheReader(lossy.cache.path) as decoded:
         others = {sample.sample_id: sample for sample in decoded}  # smaller samples fill shards in another order
         for one in truth:
@@ -250,7 +264,35 @@ def test_what_a_lossy_encoding_costs_is_measured_and_shown(tmp_path: Path) -> No
             before = one.loss_mask[1:].bool()  # the state before a supervised token
             p, q = ((sample.last_hidden_states[:-1][before].float() @ head.T).softmax(-1) for sample in (one, other))
             values += ((p - q).abs().sum(-1) / 2).tolist()
+            errors.append(relative_errors(one, other))
     assert found.num_positions >= 32
     assert found.mean == pytest.approx(np.mean(values), rel=0.3)  # of a sample of these positions
     assert 0 < found.mean < found.p99 <= max(values) + 1e-6
+    errors_TS = np.concatenate(errors)
+    assert [error.layer for error in loss.layers] == [*truth.layers, None]
+    for place, error in enumerate(loss.layers):
+        assert error.num_tokens >= 128
+        assert error.median == pytest.approx(np.median(errors_TS[:, place]), rel=0.1)
+        assert np.median(errors_TS[:, place]) < error.p99 <= errors_TS[:, place].max() + 1e-6
     assert "lost by the encoding" in CliRunner().invoke(main, ["inspect", str(lossy.cache.path)]).output
+
+
+def test_a_layer_that_loses_much_is_a_warning_that_names_an_exact_encoding() -> None:
+    """More than 5 % in the worst token of a hundred; a cache of version 1 says that it does not know."""
+    layers = tuple(
+        LayerError(layer=layer, num_tokens=128, median=0.01, p99=p99)
+        for layer, p99 in ((3, 0.049), (14, 0.43), (None, 0.02))
+    )
+    loss = EncodingLoss(encoding="fp8", total_variation=None, layers=layers)
+    assert [error.layer for error in loss.bad_layers] == [14]
+    console = Console(width=120, record=True, file=io.StringIO())
+    show.encoding_loss(console, loss)
+    shown = console.export_text()
+    assert "warning: layers 14: fp8 loses more than 5% of some states" in shown
+    assert 'cache.encoding = "bf16-lossless"' in shown
+    assert "0.4300" in shown
+    console = Console(width=120, record=True, file=io.StringIO())
+    show.encoding_loss(console, replace(loss, layers=()))
+    shown = console.export_text()
+    assert "version 1 do not say what the encoding loses in a layer" in shown
+    assert "warning" not in shown

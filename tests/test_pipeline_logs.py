@@ -68,7 +68,7 @@ def test_on_a_terminal_a_live_bar_that_leaves_the_last_line() -> None:
     logger.info("a message beside the bar")
     handler._bar._progress.refresh()  # type: ignore[union-attr]
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("train", "40/100", "1 day, 6:00:00", "loss [1.5]"):
+    for part in ("train", "40/100", "1 day, 06:00:00", "loss [1.5]"):
         assert part in shown
     assert "a message beside the bar" in shown
     log_position(logger, at(100), "step 100  the end")

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pipeline import cli, show
 from pipeline.config import load_config, to_toml
-from pipeline.logs import _PlainFormatter
+from pipeline.logs import PlainConsole, PlainFormatter
 from storage import CacheReader, CacheReadError
 from storage.remote import RemoteStore
 from storage.text import format_bytes, format_duration, plain, printable, redact
@@ -94,7 +94,7 @@ def test_an_address_without_samples_is_shown(tmp_path: Path) -> None:
 
 def test_log_lines_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = logging.makeLogRecord({"msg": "%s", "args": ("s3://K:S@b \x1b[2J",)})
-    assert _PlainFormatter("%(message)s").format(record) == "s3://***@b \\x1b[2J"
+    assert PlainFormatter("%(message)s").format(record) == "s3://***@b \\x1b[2J"
     monkeypatch.setattr(cli, "load_config", lambda *_: (_ for _ in ()).throw(OSError("https://u:p@h \x1b[31m")))
     with pytest.raises(click.ClickException) as error:
         cli.main.main(["estimate", str(tmp_path / "c.toml")], standalone_mode=False)

@@ -106,12 +106,12 @@ def trial_config(config: Config, point: Point, *, number: int) -> Config:
     sweep = config.sweep
     if sweep is None:
         raise AssertionError("a trial is one of a sweep")
-    tables = config.model_dump(mode="json", exclude_none=True, exclude={"sweep"})
+    tables = config.model_dump(mode="json", exclude_none=True, exclude_unset=True, exclude={"sweep"})
     name = name_trial(sweep, point, number=number)
-    tables["train"]["run_dir"] = str(config.train.run_dir / name)
+    tables.setdefault("train", {})["run_dir"] = str(config.train.run_dir / name)
     for key, value in point.items():
         section, _, field = key.partition(".")
-        tables[section].update({field: value} if field else value)
+        tables.setdefault(section, {}).update({field: value} if field else value)
     return parse_config(tables, where="sweep")
 
 

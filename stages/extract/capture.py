@@ -20,6 +20,8 @@ TRIED_TOKENS = 8
 
 logger = logging.getLogger(__name__)
 
+TOO_LARGE = "finite state above 65,504, the largest number of fp16"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedBatch:
@@ -134,7 +136,8 @@ def keep_states(
     def keep(into_ND: torch.Tensor, states_BTD: Any) -> None:
         _check_states(states_BTD, hidden_size=into_ND.shape[1], parts=parts)
         states = states_BTD.flatten(0, 1)
-        into_ND.copy_(states if real_N is None else states.index_select(0, real_N.to(states.device)))
+        states = states if real_N is None else states.index_select(0, real_N.to(states.device))
+        into_ND.copy_(convert_states(states, into_ND.dtype))
         kept.add(id(into_ND))
 
     def keep_output(into_ND: torch.Tensor) -> Any:
@@ -219,8 +222,21 @@ def pad_batch(input_ids: Sequence[np.ndarray]) -> PaddedBatch:
     return PaddedBatch(input_ids=ids_BT, attention_mask=mask_BT, real_places=real_N, num_tokens=num_tokens)
 
 
+def convert_states(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """States as a cache in `dtype` has them.
+
+    float16 has the smallest range: there, infinity then means finite but too large, and what is not finite is NaN.
+    """
+    if dtype == torch.float16:
+        states = torch.where(states.isfinite(), states, torch.nan)
+    return states.to(dtype)
+
+
 def find_non_finite(batch: CapturedBatch, *, layers: Sequence[int]) -> Iterator[tuple[int, int | None, str]]:
-    """(position in the batch, layer or None for the last state, reason) of every sequence with a NaN or infinity."""
+    """(position in the batch, layer or None for the last state, reason) of every sequence with a NaN or infinity.
+
+    The reason is TOO_LARGE where the layer's own states are finite and only the cache's float16 cannot hold them.
+    """
     finite_N = _are_finite(batch.hidden_states.flatten(1)) & _are_finite(batch.last_hidden_states)
     if bool(finite_N.all()):
         return
@@ -230,10 +246,12 @@ def find_non_finite(batch: CapturedBatch, *, layers: Sequence[int]) -> Iterator[
         start += num_tokens
         if bool(finite_N[rows].all()):
             continue
-        bad_layers = [
-            layer for index, layer in enumerate(layers) if not bool(batch.hidden_states[rows, index].isfinite().all())
-        ]
-        yield position, (bad_layers[0] if bad_layers else None), "non-finite state"
+        states = [*batch.hidden_states[rows].unbind(1), batch.last_hidden_states[rows]]
+        layer, bad = next(
+            found for found in zip([*layers, None], states, strict=True) if not bool(found[1].isfinite().all())
+        )
+        is_large = bad.dtype == torch.float16 and not bool(bad.isnan().any())
+        yield position, layer, TOO_LARGE if is_large else "non-finite state"
 
 
 def _are_finite(rows_NX: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from stages.device import choose_device
 from stages.errors import SettingError
 from stages.extract import target as targets
-from stages.extract.capture import CapturedBatch
+from stages.extract.capture import CapturedBatch, convert_states
 from stages.extract.import_check import NUM_CHECKED_SAMPLES, check_source, norm_last_state
 from stages.extract.peer_caches import PeerCache, PeerCacheError, PeerStates
 from stages.extract.price import Price, expected_bytes
@@ -167,8 +167,8 @@ def _compute(
     read = [_read_states(source, sample, layers=layers) for sample in samples]
     last = [norm_last_state(states.last_hidden_states, source=source, parts=parts) for states in read]
     return CapturedBatch(
-        hidden_states=torch.cat([states.hidden_states.to(dtype) for states in read]),
-        last_hidden_states=torch.cat([states.to(dtype) for states in last]),
+        hidden_states=torch.cat([convert_states(states.hidden_states, dtype) for states in read]),
+        last_hidden_states=torch.cat([convert_states(states, dtype) for states in last]),
         num_tokens=tuple(sample.num_tokens for sample in samples),
     )
 

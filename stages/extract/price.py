@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from stages.extract.decode_error import TOKENS_PER_SHARD
 from stages.extract.target import TOKENIZER_FILES, TargetParts
 from stages.target_shape import parse_target_shape
 from storage import ENCODINGS, INNER_TOKENS, CacheHeader
@@ -18,16 +19,24 @@ RATE_SECONDS = 0.3  # how long the matrix rate is measured
 COMPRESSED_SHARE = 0.70  # of bf16 states, measured: 0.66 to 0.70; what a cache really takes is known when it is there
 SHARD_FILE_BYTES = 16_384  # metadata, commit and samples file of a shard without its rows: 4 to 10 KB measured
 TARGET_EXTRA_BYTES = 131_072  # of target/: shape, chat template, final norm, tensor names (assumption)
+MEASURED_BYTES = 16  # of one error in a lossy shard's commit: a line of JSON
 SAMPLE_ROW_BYTES = 512  # index, source file and row of a sample, before compression (assumption: names of 400 bytes)
+
+# Relative L2 error of the worst of SmolLM2-135M's 31 states, median over tokens: measured, benchmarks/real_target.py.
+KNOWN_ERRORS = {"int8": 0.016, "fp8": 0.026}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tier:
-    """What one encoding would take. Exact, but for a compressed one, which is expected from measurements."""
+    """What one encoding would take. Exact, but for a compressed one, which is expected from measurements.
+
+    `known_error`: what a lossy one loses of a layer of a real target, as `KNOWN_ERRORS` has it.
+    """
 
     encoding: str
     bytes_per_token: int
     num_bytes: int
+    known_error: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +89,8 @@ def bound_overhead(header: CacheHeader, *, num_samples: int, num_tokens: int, ta
     """
     states = num_tokens * header.token_bytes
     num_shards = min(2 * states // header.identity.shard_bytes + 1, num_samples)
-    padding = num_shards * (INNER_TOKENS * header.token_bytes + SHARD_FILE_BYTES)
+    errors = TOKENS_PER_SHARD * (len(header.identity.layers) + 1) * MEASURED_BYTES if header.encoding.lossy else 0
+    padding = num_shards * (INNER_TOKENS * header.token_bytes + SHARD_FILE_BYTES + errors)
     return padding + 5 * num_tokens + SAMPLE_ROW_BYTES * num_samples + target_bytes
 
 
@@ -90,7 +100,9 @@ def price_tiers(header: CacheHeader, *, num_tokens: int) -> tuple[Tier, ...]:
     for name in ENCODINGS:
         stored = header.model_copy(update={"identity": header.identity.model_copy(update={"encoding": name})})
         token_bytes = expected_bytes(stored.token_bytes, stored)
-        tiers.append(Tier(encoding=name, bytes_per_token=token_bytes, num_bytes=num_tokens * token_bytes))
+        num_bytes = num_tokens * token_bytes
+        error = KNOWN_ERRORS.get(name)
+        tiers.append(Tier(encoding=name, bytes_per_token=token_bytes, num_bytes=num_bytes, known_error=error))
     return tuple(tiers)
 
 

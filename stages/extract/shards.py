@@ -10,7 +10,6 @@ states, or two batches where these are larger.
 """
 
 import logging
-import math
 import os
 import threading
 import time
@@ -18,20 +17,21 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from stages.errors import StageError
 from stages.extract.ahead import ahead
-from stages.extract.capture import CapturedBatch, find_non_finite
-from stages.extract.decode_error import choose_positions, total_variation
+from stages.extract.capture import TOO_LARGE, CapturedBatch, find_non_finite
+from stages.extract.decode_error import ShardError
 from stages.extract.settings import ExtractSection
 from storage import CacheBusyError, CachePlan, CacheWriter, PlannedSample, ShardWriter, plan_batches
 from storage.progress import Position, log_position
 from storage.text import format_duration
 
 MAX_BATCHES_ALIVE = 8
+WIDER = 'cache.encoding = "bf16"'  # which holds whatever a target computes
 
 ComputeStates = Callable[[list[PlannedSample]], CapturedBatch]
 CheckStates = Callable[[list[PlannedSample], CapturedBatch], None]
@@ -50,9 +50,7 @@ class OpenShard:
     number: int
     writer: ShardWriter
     samples: list[PlannedSample]
-    measured_rows: list[int]  # whose exact last state is kept until the decoded one can be held against it
-    exact_rows: list[torch.Tensor] = field(default_factory=list)
-    num_rows: int = 0
+    error: ShardError | None  # of a lossy encoding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +117,7 @@ class _Steps:
         self._pool = pool
         self._open: dict[int, OpenShard] = {}
         self._excluded: Counter[int] = Counter()
+        self._is_first = len(writer.missing_shards()) == self._plan.num_shards  # until a batch was looked at
 
     def prepare(self, shards: list[int]) -> Generator[Batch, None, None]:
         for number in shards:
@@ -128,7 +127,7 @@ class _Steps:
                 logger.debug("%s", error)
                 continue
             samples = self._plan.read_samples(number)
-            measured = choose_positions(samples) if self._plan.header.encoding.lossy else []
+            measured = ShardError(samples) if self._plan.header.encoding.lossy else None
             shard = self._open[number] = OpenShard(number, shard_writer, samples, measured)
             batches = plan_batches([sample.num_tokens for sample in samples], self._extract.max_batch_tokens)
             for rows in batches:
@@ -152,10 +151,12 @@ class _Steps:
             states.wait()
             self._quarantine(batch, states)
             shard.writer.append(states.hidden_states, states.last_hidden_states)
-            self._keep_exact(shard, states)
+            if shard.error:
+                shard.error.keep(states)
             if batch.is_last:
                 shard.writer.finish()
-                self._measure(shard)
+                if shard.error:
+                    shard.error.record(shard.writer, head_VD=self._head_VD, header=self._plan.header)
                 yield shard
 
     def publish(self, shard: OpenShard) -> int:
@@ -168,7 +169,9 @@ class _Steps:
             shard.writer.discard()
 
     def _quarantine(self, batch: Batch, states: CapturedBatch) -> None:
-        for position, layer, reason in find_non_finite(states, layers=self._plan.header.identity.layers):
+        found = list(find_non_finite(states, layers=self._plan.header.identity.layers))
+        self._check_range(found, num_samples=len(batch.samples))
+        for position, layer, reason in found:
             sample = batch.samples[position]
             place = "last state" if layer is None else f"layer {layer}"
             logger.warning(
@@ -179,34 +182,28 @@ class _Steps:
             self._excluded[batch.shard.number] += 1
             self.check_quarantine()
 
+    def _check_range(self, found: list[tuple[int, int | None, str]], *, num_samples: int) -> None:
+        """Raises QuarantineError where the first batch of a cache shows that its encoding cannot hold the states."""
+        large = [layer for _, layer, reason in found if reason == TOO_LARGE]
+        if large and self._is_first:
+            place = "the last state" if large[0] is None else f"layer {large[0]}"
+            raise QuarantineError(
+                f"{len(large)} of the first {num_samples} samples: {place}: {TOO_LARGE}; nothing is "
+                f"wrong with the target: set {WIDER}, in a new cache.path or after deleting {self._plan.path}"
+            )
+        self._is_first = False
+
     def check_quarantine(self) -> None:
         """Raises QuarantineError. What this run excludes counts before it is committed, and only once."""
         num_excluded = self._writer.count_excluded(without=self._excluded) + sum(self._excluded.values())
         limit, num_samples = self._extract.max_quarantined_fraction, self._plan.manifest.plan.num_samples
         if num_excluded > limit * num_samples:
+            wider = f"{WIDER} where they are finite, " if self._plan.header.identity.encoding == "fp16" else ""
             raise QuarantineError(
                 f"{num_excluded} samples have non-finite states, more than extract.max_quarantined_fraction = "
-                f'{limit} of {num_samples}; try target.dtype = "bfloat16" or "float32", or look at the samples '
+                f'{limit} of {num_samples}; try {wider}target.dtype = "bfloat16" or "float32", or look at the samples '
                 "named above"
             )
-
-    def _keep_exact(self, shard: OpenShard, states: CapturedBatch) -> None:
-        start, stop = shard.num_rows, shard.num_rows + sum(states.num_tokens)
-        wanted = [row - start for row in shard.measured_rows if start <= row < stop]
-        shard.exact_rows.append(states.last_hidden_states[wanted])
-        shard.num_rows = stop
-
-    def _measure(self, shard: OpenShard) -> None:
-        """Hold what was written against what was computed, at positions whose states are finite."""
-        if not shard.measured_rows:
-            return
-        exact_PD, decoded_PD = torch.cat(shard.exact_rows), shard.writer.read_last(shard.measured_rows)
-        finite = exact_PD.isfinite().all(-1)
-        measured = total_variation(
-            exact_PD[finite], decoded_PD[finite], head_VD=self._head_VD, header=self._plan.header
-        )
-        # States near the largest number make logits that are not finite, of which nothing can be said.
-        shard.writer.record_total_variation(value for value in measured if math.isfinite(value))
 
 
 class Progress:
