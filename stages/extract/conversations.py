@@ -25,10 +25,14 @@ ROLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """Messages in OpenAI form; `tools` is what the template may render of the row's tool descriptions."""
+    """Messages in OpenAI form; `tools` is what the template may render of the row's tool descriptions.
+
+    `unsupervised`: indexes of the messages that must not be supervised.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
+    unsupervised: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
