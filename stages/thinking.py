@@ -1,7 +1,6 @@
 """Thinking that a message carries in a field of its own, under the name that the target's chat template reads."""
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 Message = dict[str, Any]
@@ -41,15 +40,6 @@ def find_shown(messages: list[Message], render: Render) -> set[int]:
         marked.append(message if name is None else {**message, name: marks[index]})
     text = render(marked)
     return {index for index, mark in marks.items() if mark in text}
-
-
-def shows_words(messages: Iterable[Message], text: str) -> bool:
-    """Whether every word of the messages' thinking stands in `text`; a template may trim or quote it."""
-    return all(word in text for message in messages for name in NAMES for word in _words(message.get(name)))
-
-
-def _words(text: Any) -> list[str]:
-    return re.findall(r"\w+", text or "")
 
 
 def _rename(message: Message, name: str) -> Message:

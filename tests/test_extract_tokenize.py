@@ -180,8 +180,11 @@ CLOSES_THE_CHAT = WITHOUT_MARKERS.replace(
 
 def test_an_answer_in_markup_is_whole_where_its_thinking_is_cut() -> None:
     tokenizer = make_tokenizer(OPENS_AND_CUTS_THINKING)
-    row = chat(("user", "q"), ("assistant", "<think>\nr\n</think><div>x</div>"))
-    assert spans(tokenizer, tokenize(tokenizer, row)) == ["<div>x</div><|im_end|>"]
+    answer = ("assistant", "<think>\nr\n</think><div>x</div>")
+    row = chat(("user", "q"), answer, ("user", "again"), ("assistant", "<b>y</b>"))
+    assert spans(tokenizer, tokenize(tokenizer, row)) == ["<div>x</div><|im_end|>", "<b>y</b><|im_end|>"]
+    with pytest.raises(BadRowError, match=r"cuts the thinking from an answer \(message 1\).*data\.chat_template"):
+        tokenize(tokenizer, chat(("user", "q"), answer))
 
 
 def test_the_token_that_closes_the_whole_chat_is_not_part_of_the_answer() -> None:

@@ -79,10 +79,15 @@ def _parse_flag(raw: dict[str, Any], key: str) -> bool:
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a value says nothing: null, blank text, or only such things in it."""
-    if isinstance(value, dict | list | tuple):
-        return all(map(is_blank, value.values() if isinstance(value, dict) else value))
-    return not value.strip() if isinstance(value, str) else value is None
+    """Whether a value says nothing: null, blank text, or only such things in it, however deep."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict | list | tuple):
+            waiting.extend(item.values() if isinstance(item, dict) else item)
+        elif item.strip() if isinstance(item, str) else item is not None:
+            return False
+    return True
 
 
 def parse_text(text: str) -> str:

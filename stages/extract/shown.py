@@ -1,60 +1,70 @@
-"""What a row carries beside its text must be in what the target is shown: tools and thinking."""
+"""Whether a rendered chat shows what its messages say: a template that leaves something out would teach the rest."""
 
-from collections.abc import Callable
-from dataclasses import replace
+import json
+import re
+from typing import Any
 
-from stages.extract.conversations import Chat
 from stages.extract.rows import BadRowError
-from stages.extract.tool_calls import name_of, with_function
-from stages.thinking import NAMES, find_shown, name_thinking, shows_words
 
-_MARK = "Zq{}tool7qZ"  # stands in for the name of one tool; no text has it
+THINKING_END = "</think>"
+_THINKING_TAG = re.compile(r"</?think>")
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
-def show_all(chat: Chat, render: Callable[[Chat], str], *, supervise: str) -> Chat:
-    """The chat with its thinking under the template's name for it.
+def check_tool_messages(messages: list[dict[str, Any]], text: str) -> None:
+    """Raises BadRowError for a chat whose tool calls or tool results the template ignores."""
+    lists = [message.get("tool_calls") or [] for message in messages]
+    if not all(isinstance(calls, list) for calls in lists):
+        raise BadRowError("tool_calls that are no list")
+    _check_calls([call for calls in lists for call in calls], text)
+    results = [message["content"] for message in messages if message["role"] == "tool"]
+    if not all(_has_words(result, text) for result in results):
+        raise BadRowError("tool results that the chat template does not render")
 
-    `render` gives the chat as the template shows it. Raises BadRowError for tools, and for thinking of a supervised
-    turn after the last question, that the template does not render.
+
+def check_answer(messages: list[dict[str, Any]], index: int, shown: str, *, is_past: bool) -> None:
+    """Raises BadRowError where `shown`, the text of turn `index`, lacks something that the turn says.
+
+    Thinking may be cut from an answer that a later question follows (`is_past`): that is what the target sees of it.
     """
-    if chat.tools:
-        _check_tools(chat, render)
-    messages = name_thinking(chat.messages, lambda messages: render(replace(chat, messages=messages)))
-    if messages is None:
-        raise BadRowError(f"thinking ({', '.join(NAMES)}) that the chat template does not render")
-    if messages is chat.messages:
-        return chat
-    named = replace(chat, messages=messages)
-    _check_thinking(named, render, supervise=supervise)
-    return named
-
-
-def _check_tools(chat: Chat, render: Callable[[Chat], str]) -> None:
-    tools = chat.tools or []
-    if not all(isinstance(name_of(tool), str) for tool in tools):
-        raise BadRowError("tools: one has no name")
-    marks = [_MARK.format(index) for index in range(len(tools))]
-    marked = [with_function(tool, name=mark) for tool, mark in zip(tools, marks, strict=True)]
-    text = render(replace(chat, tools=marked))
-    if not all(mark in text for mark in marks):
-        raise BadRowError("tools that the chat template does not render")
-
-
-def _check_thinking(chat: Chat, render: Callable[[Chat], str], *, supervise: str) -> None:
-    """Thinking before the last question is cut by many templates, by design; later it belongs to the answer."""
-    roles = [message["role"] for message in chat.messages]
-    last_question = max((index for index, role in enumerate(roles) if role == "user"), default=-1)
-    answers = [index for index, role in enumerate(roles) if role == "assistant"]
-    turns = [
-        index
-        for index in (answers[-1:] if supervise == "last" else answers)
-        if index > last_question
-        and index not in chat.unsupervised
-        and any(name in chat.messages[index] for name in NAMES)
-    ]
-    shown = find_shown(chat.messages, lambda messages: render(replace(chat, messages=messages)))
-    if not shown.issuperset(turns) or not shows_words([chat.messages[turn] for turn in turns], render(chat)):
+    message = messages[index]
+    *thinking, answer = _THINKING_TAG.split(message["content"])
+    fields = [message[field] for field in _REASONING_FIELDS if isinstance(message.get(field), str)]
+    if is_past:
+        thinking, fields, answer = [], [], message["content"].split(THINKING_END)[-1]
+    if not _shows([answer], shown):
+        raise BadRowError(f"chat template does not show all that an answer says (message {index})")
+    if not _shows([*fields[:1], *thinking, answer], shown):
         raise BadRowError(
-            "thinking of a supervised turn that the chat template does not render; data.supervise = last "
-            "supervises the last turn alone"
+            f"chat template cuts the thinking from an answer (message {index}); name a template that shows it in "
+            "data.chat_template"
         )
+    _check_calls(message.get("tool_calls") or [], shown)
+
+
+def _check_calls(calls: list[Any], text: str) -> None:
+    functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    if len(names) < len(calls) or not all(isinstance(name, str) and name in text for name in names):
+        raise BadRowError("tool calls that the chat template does not render")
+
+
+def _has_words(content: str, text: str) -> bool:
+    """Whether the chat shows a tool's result; templates may take it apart, so its words are enough."""
+    return all(word in text for word in re.findall(r"\w+", content))
+
+
+def _shows(pieces: list[str], shown: str) -> bool:
+    """Whether the pieces stand in `shown` in their order, white space aside, as they are or quoted as JSON."""
+    squeezed, done = _squeeze(shown), 0
+    for piece in pieces:
+        forms = [_squeeze(piece), _squeeze(json.dumps(piece, ensure_ascii=False)[1:-1])]
+        ends = [place + len(form) for form in forms if (place := squeezed.find(form, done)) >= 0]
+        if not ends:
+            return False
+        done = min(ends)
+    return True
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())

@@ -61,7 +61,7 @@ def test_a_supervised_step_after_the_question_keeps_its_thinking() -> None:
     turns = [QUESTION, step, {"role": "tool", "content": "r"}, {**ANSWER, "thinking": "second"}]
     template = SHOWS_LAST.replace("NAME", "thinking")
     assert shown(SHOWS.replace("NAME", "thinking"), turns)[1][0] == "<think>\nfirst\n</think>\n\ntwo<|im_end|>"
-    with pytest.raises(BadRowError, match="thinking of a supervised turn"):
+    with pytest.raises(BadRowError, match="cuts the thinking from an answer"):
         shown(template, turns)
     text, _ = shown(template, turns, supervise="last")
     assert ("first" in text, "second" in text) == (False, True)
@@ -69,7 +69,7 @@ def test_a_supervised_step_after_the_question_keeps_its_thinking() -> None:
 
 def test_thinking_that_the_template_shortens_refuses_the_row() -> None:
     template = SHOWS.replace("m.NAME | trim", "m.NAME.split('|')[-1]").replace("NAME", "thinking")
-    with pytest.raises(BadRowError, match="thinking of a supervised turn"):
+    with pytest.raises(BadRowError, match="cuts the thinking from an answer"):
         shown(template, [QUESTION, {**ANSWER, "thinking": "deep | thought"}])
 
 
