@@ -8,6 +8,7 @@ from transformers.models.auto import modeling_auto
 
 from stages.errors import StageError
 from stages.extract.capture import check_blocks
+from stages.extract.model_files import TargetError
 from stages.extract.settings import TargetSection
 from stages.extract.target import build_skeleton
 from stages.target_shape import parse_target_shape
@@ -44,8 +45,7 @@ def try_name(name: str, folder: Path) -> None:
     (folder / "config.json").write_text("{}")
     config = CONFIG_MAPPING[name]()
     shape = parse_target_shape(config)
-    attention = "eager" if name == "gemma2" else "sdpa"
-    target = TargetSection(model=str(folder), attn_implementation=attention)
+    target = TargetSection(model=str(folder), attn_implementation="eager")
     check_blocks(build_skeleton(folder, config, target=target), layers=range(-1, shape.num_layers))
     build_draft_config(shape, mask_token_id=0, intermediate_size=64)
 
@@ -66,3 +66,10 @@ def test_no_class_ends_in_a_traceback(name: str, tmp_path: Path) -> None:
 def test_what_is_refused_and_why(name: str, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=REFUSED[name]):
         try_name(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_an_attention_that_a_class_does_not_have_is_told_at_once(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(TargetError, match=r'set target\.attn_implementation = "eager"'):
+        build_skeleton(tmp_path, CONFIG_MAPPING[name](), target=TargetSection(model=str(tmp_path)))
