@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from pipeline import show
 from pipeline.config import Config, ConfigError, load_config, to_toml
-from pipeline.logs import configure_logs
+from pipeline.logs import configure_logs, console
+from stages.extract.rows import find_files
 from stages.extract.settings import CacheSection
 from stages.extract.share import ALONE, Share
 from stages.whole_files import write_whole
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = Path("configs/embedded.toml")
 DEFAULT_SWEEP = Path("configs/sweep.toml")
 
-console = Console(soft_wrap=True, highlight=False)
+SHOWS_CONFIG = "dspark.show_config"
 
 
 class _PathOrAddress(click.Path):
@@ -40,9 +40,16 @@ class _PathOrAddress(click.Path):
 
 
 def _with_config(command: Callable[..., None], *, default: Path = DEFAULT_CONFIG) -> Callable[..., None]:
-    """The argument and option that every command has."""
+    """The argument and the options that every command has."""
     command = click.option(
         "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a config value; repeatable."
+    )(command)
+    command = click.option(
+        "--show-config",
+        is_flag=True,
+        expose_value=False,
+        callback=lambda context, _parameter, value: context.meta.update({SHOWS_CONFIG: value}),
+        help="First print the resolved config, every default filled in.",
     )(command)
     return click.argument("config", type=_PathOrAddress(path_type=Path), default=default)(command)
 
@@ -81,11 +88,14 @@ def main(verbose: bool) -> None:
 @_with_config
 def estimate(config: Path, overrides: tuple[str, ...]) -> None:
     """Print what an extraction would cost: samples, tokens, bytes, hours. Needs no weights."""
+    settings = _load(config, overrides, reads_data=True)
     from pipeline import stage_one
 
-    settings = _load(config, overrides)
-    price, counts = stage_one.estimate(settings)
-    show.price(console, price, counts)
+    priced = stage_one.estimate(settings)
+    if isinstance(priced, tuple):
+        show.price(console, *priced)
+    else:
+        show.regeneration_price(console, priced)
 
 
 @main.command()
@@ -99,9 +109,10 @@ def regenerate(config: Path, overrides: tuple[str, ...], endpoint: str | None, l
 
     The key of an endpoint is OPENAI_API_KEY of the environment. SIGTERM, or Ctrl-C, ends it; a second one at once.
     """
+    loaded = _load(config, overrides, reads_data=True)
     from pipeline import regeneration
 
-    settings = regeneration.with_options(_load(config, overrides), **options)
+    settings = regeneration.with_options(loaded, **options)
     regeneration.show_result(console, regeneration.regenerate(settings, endpoint=endpoint, is_local=local))
 
 
@@ -113,9 +124,9 @@ def extract(config: Path, overrides: tuple[str, ...], part: str | None) -> None:
 
     Under torchrun the ranks share the work.
     """
+    settings = _load(config, overrides, reads_data=True)
     from pipeline import ranks
 
-    settings = _load(config, overrides)
     share = Share.of_torchrun() if part is None else Share.parse_part(part)
     ranks.leave_to_child(settings.cache.folder)
     _extract(settings, share=share)
@@ -271,7 +282,7 @@ def evaluate(config: Path, overrides: tuple[str, ...], draft: Path | None, decod
     from pipeline.measure import measure_by_decoding, measure_from_cache
 
     settings = _load(config, overrides)
-    evaluation = measure_from_cache(settings, draft=draft, console=console)
+    evaluation = measure_from_cache(settings, draft=draft, console=console, may_reuse=decoded)
     if decoded:
         measure_by_decoding(settings, draft=draft, estimate=evaluation, console=console)
 
@@ -328,9 +339,12 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     write_report(runs, out=out, console=console)
 
 
-def _load(file: Path, overrides: tuple[str, ...]) -> Config:
+def _load(file: Path, overrides: tuple[str, ...], *, reads_data: bool = False) -> Config:
+    """The config; what `reads_data` looks for its files before it imports what takes seconds."""
     config = load_config(file, overrides)
-    if Share.of_torchrun().rank == 0:
+    if reads_data:
+        find_files(config.data.files, config.data.validation_files)
+    if click.get_current_context().meta[SHOWS_CONFIG] and Share.of_torchrun().rank == 0:
         click.echo(to_toml(config))
     return config
 

@@ -50,6 +50,8 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
         tables = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{file}: no such config file; configs/ has examples") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file}: arrays or tables that are nested too deeply") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{file}: {error}; strings need quotes") from error
     for override in overrides:
@@ -94,6 +96,8 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: {section} is no section")
     try:
         table[key] = tomllib.loads(f"value = {text}")["value"]
+    except RecursionError as error:
+        raise ConfigError(f"--set {path.strip()}: arrays or tables that are nested too deeply") from error
     except tomllib.TOMLDecodeError:
         table[key] = text.strip()  # a bare word is a string
 

@@ -2,18 +2,30 @@
 
 import logging
 import os
-import sys
+import time
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from storage.progress import Position, position_of
 
 LIBRARIES = (
     "transformers", "huggingface_hub", "fsspec", "httpx", "httpx2", "openai", "torch", "aiobotocore", "botocore",
 )  # fmt: skip
+LINE_SECONDS = 10.0  # where there is no terminal, a line of progress that often
+
+console = Console(soft_wrap=True, highlight=False)
+"""Where commands print: one, so that what is printed and a live bar do not overwrite each other."""
 
 
 def configure_logs(*, verbose: bool) -> None:
-    """Messages to standard output; `verbose` shows debug messages and the libraries' own."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", stream=sys.stdout, force=True
-    )
+    """Messages to standard output; `verbose` shows debug messages, the libraries' own, and every line of progress."""
+    has_bar = console.is_terminal and not verbose
+    handler = ConsoleHandler(console, has_bar=has_bar)
+    if not (has_bar or verbose):
+        handler.addFilter(LinePacer())
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     if not verbose:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         for library in LIBRARIES:
@@ -26,3 +38,93 @@ def _quiet_transformers() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+
+
+class LinePacer(logging.Filter):
+    """Thins out lines of progress: lets through the first of each work, one every `seconds`, and the last."""
+
+    def __init__(self, *, seconds: float = LINE_SECONDS) -> None:
+        super().__init__()
+        self._seconds = seconds
+        self._name: str | None = None
+        self._passed_at = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is to be printed; one without a position always is."""
+        position = position_of(record)
+        if position is None:
+            return True
+        now = time.monotonic()
+        if position.name == self._name and not position.is_end and now - self._passed_at < self._seconds:
+            return False
+        self._name, self._passed_at = position.name, now
+        return True
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints messages; on a terminal those that carry a position move a live bar instead."""
+
+    def __init__(self, console: Console, *, has_bar: bool) -> None:
+        super().__init__()
+        self._console = console
+        self._bar = _Bar(console) if has_bar else None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print or show one record."""
+        try:
+            line, position = self.format(record), position_of(record)
+            if position is not None and self._bar is not None:
+                self._bar.show(position, line)
+            else:
+                _print(self._console, line)
+        except Exception:
+            self.handleError(record)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+        super().close()
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+class _Bar:
+    """One live line for the work that reported last: name, bar, count, time to go, and what it logs."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[eta]}"),
+            TextColumn("{task.fields[line]}", markup=False),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._name: str | None = None
+
+    def show(self, position: Position, line: str) -> None:
+        """Move the bar, or begin another where the work is another; a finished one leaves its last line."""
+        if self._task is None or position.name != self._name:
+            self.stop()
+            self._task = self._progress.add_task(position.name, total=position.total, eta="", line="")
+            self._name = position.name
+            self._progress.start()
+        eta = timedelta(seconds=int(position.eta_seconds))
+        self._progress.update(
+            self._task, completed=position.done, total=position.total, eta=f"ETA {eta}", line=" ".join(line.split())
+        )
+        if position.is_end:
+            self.stop()
+            _print(self._progress.console, line)
+
+    def stop(self) -> None:
+        """Take the bar off the terminal."""
+        if self._task is not None:
+            self._progress.stop()
+            self._progress.remove_task(self._task)
+            self._task = None

@@ -2,28 +2,20 @@
 
 import json
 import re
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from textwrap import dedent
 
 from huggingface_hub import ModelCardData
 from transformers import Qwen3Config
 
 from pipeline.run_facts import HeldOut, RunFacts
+from pipeline.serving_commands import ServedDraft, describe_serving
 from stages.evaluate.calibration import CALIBRATION_FILE, Calibration
-from stages.train.export import SPECULATORS_VERSION, Form, ServedTarget
+from stages.train.export import Form, ServedTarget
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# What the files of each form were held against. No server has loaded an export of this project.
-LAYOUT_SOURCES: dict[Form, str] = {
-    "dspark": "the published Qwen3 DSpark drafts of deepseek-ai/DeepSpec, and vLLM 0.33.0's reader of them "
-    "(`vllm/model_executor/models/qwen3_dspark.py`)",
-    "speculators": f"vllm-project/speculators {SPECULATORS_VERSION} (`speculators/models/dspark`), and vLLM 0.33.0's "
-    "reader of its checkpoints (`vllm/transformers_utils/configs/speculators/algos.py`)",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +42,7 @@ def render_card(draft: ExportedDraft, facts: RunFacts) -> str:
         _section("Draft", _table(_draft_rows(draft))),
         _section("Training", _table(_training_rows(facts)) if facts.config else "Not known: exported without its run."),
         _section("Acceptance", _acceptance(facts.held_out, facts.calibration)),
-        _section("Serving", _serving(draft)),
+        _section("Serving", _serving(draft, has_calibration=facts.calibration is not None)),
         _section(
             "Licence",
             "Not stated. Whoever publishes this draft decides, in view of the licences of the target and of the "
@@ -63,31 +55,6 @@ def render_card(draft: ExportedDraft, facts: RunFacts) -> str:
 def is_hub_id(name: str) -> bool:
     """Whether a target's name looks like that of a Hugging Face repository, and is no path here."""
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
-
-
-def serving_notes(config: Qwen3Config) -> list[str]:
-    """What in this draft a server may not take, or not take as it was trained."""
-    notes = []
-    if config.markov_rank == 0:
-        notes.append(
-            "No Markov head (`markov_rank` 0): SGLang refuses such a draft, and nothing says that vLLM takes it."
-        )
-    elif config.markov_head_type != "vanilla":
-        notes.append(
-            f"Markov head `{config.markov_head_type}`: vLLM 0.33.0 builds the vanilla head only and cannot load "
-            "this draft; SGLang and TensorRT-LLM name all three kinds."
-        )
-    if config.num_target_layers - 1 in config.target_layer_ids:
-        notes.append("It sees the output of the target's last block, which SGLang cannot capture.")
-    if -1 in config.target_layer_ids:
-        notes.append("It sees the target's embeddings (id -1), which not every server captures.")
-    for field in ("logit_scale", "final_logit_softcapping"):
-        if getattr(config, field, None) is not None:
-            notes.append(
-                f"`{field}` applies to the head's logits before the Markov bias is added; vLLM 0.33.0 scales both, and "
-                "knows no soft-cap."
-            )
-    return notes
 
 
 def _front_matter(draft: ExportedDraft) -> str:
@@ -197,70 +164,50 @@ def _acceptance(held_out: HeldOut | None, calibration: Calibration | None) -> st
     if held_out is None:
         parts.append("tau was not measured, or is not known to be of these weights.")
     else:
-        rows = [
-            ("tau", f"{held_out.tau:.3f} (95 % interval {held_out.tau_low:.3f} to {held_out.tau_high:.3f})"),
-            ("acceptance by slot", " ".join(f"{rate:.3f}" for rate in held_out.accept_rate_per_pos)),
-            ("measured on", f"{held_out.num_samples:,} conversations, {held_out.num_blocks:,} blocks"),
-        ]
-        parts.append(_table(rows))
+        parts.append(_table(_acceptance_rows(held_out)))
         parts.append(
-            "tau is the expected number of tokens of a verify round, the bonus token included. Measured on held-out "
-            "conversations from the cached states, with the tokens before each slot given; not by a server."
+            "tau is the expected number of tokens of a verify round at temperature 1, the bonus token included. It is "
+            "of a draft that samples; *greedy draft* is of one that takes its most likely token while the target "
+            "samples. Measured on held-out conversations from the cached states, with the tokens before each slot "
+            "given; not by a server."
         )
     if calibration is not None:
         before, after = calibration.before.ece, calibration.after.ece
         parts.append(
             f"`{CALIBRATION_FILE}` has a temperature for each slot: the calibrated confidence of slot k is "
-            f"sigmoid(logit / `temperatures[k]`). Its calibration error is {after:.3f}, without them {before:.3f}. No "
-            "server is known to read the file."
+            f"sigmoid(logit / `temperatures[k]`). Its calibration error is {after:.3f}, without them {before:.3f}. "
+            "SGLang reads the file as it is."
         )
     return "\n\n".join(parts)
 
 
-def _serving(draft: ExportedDraft) -> str:
-    """A command for each server. None of them was run with this draft; what they are taken from is said."""
+def _acceptance_rows(held_out: HeldOut) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [
+        ("tau", f"{held_out.tau:.3f} (95 % interval {held_out.tau_low:.3f} to {held_out.tau_high:.3f})"),
+        ("acceptance by slot", " ".join(f"{rate:.3f}" for rate in held_out.accept_rate_per_pos)),
+    ]
+    if held_out.tau_greedy is not None:
+        interval = f"{held_out.tau_greedy_low:.3f} to {held_out.tau_greedy_high:.3f}"
+        rows.append(("tau, greedy draft", f"{held_out.tau_greedy:.3f} (95 % interval {interval})"))
+    if held_out.greedy_accept_rate_per_pos is not None:
+        rates = " ".join(f"{rate:.3f}" for rate in held_out.greedy_accept_rate_per_pos)
+        rows.append(("acceptance by slot, greedy draft", rates))
+    rows.append(("measured on", f"{held_out.num_samples:,} conversations, {held_out.num_blocks:,} blocks"))
+    return rows
+
+
+def _serving(draft: ExportedDraft, *, has_calibration: bool) -> str:
+    """A command for each server that takes the draft, and what is known of it there."""
     title = "TARGET" if draft.target is None else _target_title(draft.target)
-    target = shlex.quote(title)
-    size, folder = draft.config.block_size, f"./{draft.name}"
-    speculative = json.dumps({"method": "dspark", "model": folder, "num_speculative_tokens": size})
-    parts = [
-        "None of these commands was run by whoever exported this draft; flags are those of the servers' own pages. The "
-        f"layout was taken from {LAYOUT_SOURCES[draft.form]}.",
-        *([] if is_hub_id(title) else [f"* `{title}` stands for the target's folder or hub id."]),
-        *(f"* {note}" for note in serving_notes(draft.config)),
-        "vLLM"
-        if draft.form == "dspark"
-        else "vLLM (a note on pull request 48639: v0.26 and before ignore this form's `sample_from_anchor`)",
-        _code(f"vllm serve {target} --speculative-config {shlex.quote(speculative)}"),
-    ]
-    if draft.form == "speculators":
-        parts.append(
-            "SGLang reads this form too, but from which release on is not established, and nothing says that "
-            "TensorRT-LLM does: export with `--format dspark` for them."
-        )
-        return "\n\n".join(parts)
-    return "\n\n".join([*parts, *_other_servers(target, folder, size)])
-
-
-def _other_servers(target: str, folder: str, size: int) -> list[str]:
-    return [
-        "SGLang",
-        _code(
-            f"""
-            python3 -m sglang.launch_server --model-path {target} --speculative-algorithm DSPARK \\
-                --speculative-draft-model-path {shlex.quote(folder)} --speculative-dspark-block-size {size}
-            """
-        ),
-        f"TensorRT-LLM: `trtllm-serve {target} --config dspark.yaml`, with `dspark.yaml`",
-        _code(
-            f"""
-            speculative_config:
-              decoding_type: DSpark
-              speculative_model: {json.dumps(folder)}
-              max_draft_len: {size}
-            """
-        ),
-    ]
+    stands_for = [] if is_hub_id(title) else [f"`{title}` stands for the target's folder or hub id."]
+    served = ServedDraft(
+        form=draft.form,
+        config=draft.config,
+        target=title,
+        folder=f"./{draft.name}",
+        has_calibration=has_calibration,
+    )
+    return "\n\n".join([*describe_serving(served), *stands_for])
 
 
 def _section(title: str, body: str) -> str:
@@ -273,7 +220,3 @@ def _table(rows: Iterable[tuple[str, object]]) -> str:
 
 def _cell(value: object) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def _code(text: str) -> str:
-    return "```\n" + dedent(text).strip() + "\n```"

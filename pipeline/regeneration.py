@@ -32,7 +32,7 @@ from stages.signals import ask_on_signals
 from stages.target_config import choose_max_length
 from stages.target_shape import parse_target_shape
 
-NOTICE = "answers on their way are waited for, ten seconds at most, or a batch in progress is given up"
+NOTICE = "answers on their way are waited for, ten seconds at most, or what a batch has finished is kept"
 NUM_REASONS_SHOWN = 5
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,11 @@ class Asked:
     tokenizer: Any
     max_length: int
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return targets.eos_token_ids(self.folder, self.config) | ({self.tokenizer.eos_token_id} - {None})
+
     def renderer(self, section: RegenerateSection) -> PromptRenderer:
         return PromptRenderer(self.tokenizer, variables=section.chat_template_kwargs)
 
@@ -58,14 +63,19 @@ def with_options(config: Config, *, out: Path | None, concurrency: int | None) -
     return config.model_copy(update={"regenerate": config.regenerate.model_copy(update=changed)})
 
 
-def regenerate(config: Config, *, endpoint: str | None, is_local: bool) -> RegenerationResult:
-    """Answer the conversations of `data.files`; the same call continues. Raises StageError of some family."""
+def regenerate(
+    config: Config, *, endpoint: str | None, is_local: bool, is_stopped: Callable[[], bool] | None = None
+) -> RegenerationResult:
+    """Answer the conversations of `data.files`; the same call continues. Raises StageError of some family.
+
+    SIGTERM and Ctrl-C stop it, and so does `is_stopped`.
+    """
     if (endpoint is None) != is_local:
         raise SettingError("name one back end: --endpoint URL for a server, or --local to run the target here")
     section, folder = config.regenerate, config.regenerate.path
     if folder is None:
         raise SettingError("no folder for the answers; give --out, or regenerate.path in the config")
-    asked = _describe_target(config)
+    asked = describe_target(config)
     files = expand_files(config.data.files)
     prompts = partial(read_prompts, files, section=section)
     manifest = RegenerationManifest(
@@ -85,7 +95,7 @@ def regenerate(config: Config, *, endpoint: str | None, is_local: bool) -> Regen
             backend=partial(_open_local, config, asked)
             if endpoint is None
             else partial(_open, endpoint, config, asked),
-            is_stopped=lambda: bool(stops),
+            is_stopped=lambda: bool(stops) or (is_stopped is not None and is_stopped()),
         )
 
 
@@ -106,7 +116,10 @@ def _parse_prompt(number: int, row: Row, *, section: RegenerateSection) -> Promp
     if chat is None:
         raise BadRowError("no column messages or conversations, so nothing that could be answered")
     source = f"{row.file} row {row.row}"
-    return plan_prompt(number, chat.messages, turns=section.turns, tools=chat.tools, source=source)
+    messages = [
+        message | ({"weight": 0} if index in chat.unsupervised else {}) for index, message in enumerate(chat.messages)
+    ]  # a turn that is kept stays out of the loss
+    return plan_prompt(number, messages, turns=section.turns, tools=chat.tools, source=source)
 
 
 def _digest_prompts(prompts: Callable[..., Iterator[Prompt]], config: Config) -> PromptDigest:
@@ -128,7 +141,8 @@ def _digest_prompts(prompts: Callable[..., Iterator[Prompt]], config: Config) ->
     return digest
 
 
-def _describe_target(config: Config) -> Asked:
+def describe_target(config: Config) -> Asked:
+    """What the answers depend on, without weights. Raises StageError of some family."""
     folder = locate_target(config.target)
     target_config = targets.load_config(folder, trust_remote_code=config.target.trust_remote_code)
     return Asked(
@@ -179,6 +193,7 @@ def _open(url: str, config: Config, asked: Asked) -> Backend:
         section=section,
         max_length=asked.max_length,
         renderer=asked.renderer(section),
+        end_ids=asked.end_ids,
     )
     return partial(run_endpoint, endpoint)
 
@@ -188,14 +203,13 @@ def _open_local(config: Config, asked: Asked) -> Backend:
 
     device = choose_device(config.extract.device)
     parts = targets.load_target(asked.folder, target=config.target, device=device, max_length=asked.max_length)
-    ends = targets.eos_token_ids(asked.folder, asked.config) | ({asked.tokenizer.eos_token_id} - {None})
-    if not ends:
+    if not asked.end_ids:
         raise SettingError(f"{asked.folder}: neither config nor tokenizer name an end-of-turn token")
     target = LocalTarget(
         model=parts.model,
         device=parts.device,
         renderer=asked.renderer(config.regenerate),
-        end_ids=ends,
+        end_ids=asked.end_ids,
         section=config.regenerate,
         max_length=asked.max_length,
     )
@@ -223,8 +237,9 @@ def show_result(console: Console, result: RegenerationResult) -> None:
             table.add_row(title, f"{count:,} x {reason}", style="red" if title == "failed" else None)
     if counts.num_cut:
         table.add_row("ended early", f"{counts.num_cut:,} conversations, at a turn that could not be answered")
-    if counts.num_truncated:
-        table.add_row("truncated", f"{counts.num_truncated:,} answers that did not end, kept")
+    if counts.num_unfinished:
+        fate = "kept" if result.manifest.identity.truncated == "keep" else "left out"
+        table.add_row("cut", f"{counts.num_unfinished:,} answers that did not end within their tokens, {fate}")
     table.add_row("files", f"{result.folder}/conversations-*.jsonl, {MANIFEST} beside them")
     console.print(table)
     for line in _advise(result):
@@ -239,6 +254,11 @@ def _advise(result: RegenerationResult) -> Iterator[str]:
         yield "run the same command again to ask for the failed ones once more"
     if counts is not None and counts.num_prompt_mismatches:
         yield (
-            f"{counts.num_prompt_mismatches:,} prompts had another length at the endpoint than by this target's chat "
-            "template: the server uses another template, tokenizer or model than extraction will"
+            f"{counts.num_prompt_mismatches:,} prompts were others at the endpoint than by this target's template: "
+            "the server uses another template, tokenizer or model than extraction will"
+        )
+    if counts is not None and counts.num_text:
+        yield (
+            f"{counts.num_text:,} of {counts.num_answered:,} conversations are text, since the endpoint gave no "
+            "token ids for them: extraction tokenises them again, perhaps to others than were sampled (vLLM gives ids)"
         )

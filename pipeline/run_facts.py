@@ -18,6 +18,7 @@ from stages.evaluate.calibration import CALIBRATION_FILE, Calibration, read_cali
 from stages.evaluate.records import EvaluationError
 from stages.extract.run import read_plan
 from stages.train.checkpoint import STATE_FILE, StateRecord
+from stages.train.draft_folder import digest_draft
 from storage import CacheError
 from storage.layout import TARGET
 from storage.manifest import Manifest
@@ -32,7 +33,12 @@ class HeldOut(BaseModel):
     tau: float
     tau_low: float
     tau_high: float
+    tau_greedy: float | None = None
+    tau_greedy_low: float | None = None
+    tau_greedy_high: float | None = None
     accept_rate_per_pos: list[float]
+    greedy_accept_rate_per_pos: list[float] | None = None
+    weights_digest: str | None = None
     num_samples: int
     num_blocks: int
 
@@ -55,7 +61,7 @@ def read_run_facts(draft: Path) -> RunFacts:
     draft = draft.resolve()
     run = _run_folder(draft)
     if run is None:
-        return RunFacts(held_out=_read_held_out(draft), calibration=_read_calibration(draft))
+        return RunFacts(held_out=_read_held_out(draft, draft=draft), calibration=_read_calibration(draft))
     config = _read_config(run)
     state = _read_state(_step_folder(draft, run))
     digest = None if state is None else state.made_from.get("cache.identity")
@@ -66,7 +72,8 @@ def read_run_facts(draft: Path) -> RunFacts:
         cache_digest=digest,
         manifest=manifest,
         target_architectures=() if config is None or manifest is None else _read_architectures(config.cache.folder),
-        held_out=_read_held_out(draft) or (_read_held_out(run) if _is_final(draft, run) else None),
+        held_out=_read_held_out(draft, draft=draft)
+        or (_read_held_out(run, draft=run / "draft") if _is_final(draft, run) else None),
         calibration=_read_calibration(run / "draft" if _is_final(draft, run) and not _has_own(draft) else draft),
     )
 
@@ -134,15 +141,20 @@ def _read_architectures(cache: Path) -> tuple[str, ...]:
     return tuple(str(name) for name in names) if isinstance(names, list) else ()
 
 
-def _read_held_out(folder: Path) -> HeldOut | None:
+def _read_held_out(folder: Path, *, draft: Path) -> HeldOut | None:
+    """The numbers in the folder, if they are of the weights in `draft`, as far as they say of which they are."""
     fields = _read_json(folder / "evaluation.json")
     if fields is None:
         return None
     try:
-        return HeldOut.model_validate(fields)
-    except ValidationError as error:
-        logger.warning("the model card says nothing of %s/evaluation.json: %s", folder, error)
-        return None
+        found = HeldOut.model_validate(fields)
+        if found.weights_digest is None or found.weights_digest == digest_draft(draft):
+            return found
+        reason: Exception | str = f"it was measured on other weights than those in {draft}; run dspark evaluate again"
+    except (ValidationError, OSError) as error:
+        reason = error
+    logger.warning("the model card says nothing of %s/evaluation.json: %s", folder, reason)
+    return None
 
 
 def _has_own(draft: Path) -> bool:

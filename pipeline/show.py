@@ -1,10 +1,14 @@
 """What the command line prints: tables and the numbers at the end of a run."""
 
+from __future__ import annotations
+
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -12,12 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.inspection import Histogram, Inspection, StateSample
-from stages.evaluate.evaluation import Evaluation, Scheduling
-from stages.extract.price import Price
-from stages.extract.run import ExtractResult
-from stages.extract.samples import SampleCounts
+from pipeline.logs import LINE_SECONDS
 from storage import ENCODINGS, CacheReader, RepairReport, TransferResult, VerifyReport
+
+if TYPE_CHECKING:  # what these import takes seconds
+    from pipeline.inspection import Histogram, Inspection, StateSample
+    from pipeline.regeneration_price import RegenerationPrice
+    from stages.evaluate.evaluation import Evaluation, Scheduling
+    from stages.extract.price import Price
+    from stages.extract.run import ExtractResult
+    from stages.extract.samples import SampleCounts
 
 SHOWN_CONCURRENCIES = (1, 32, 256)
 _LEFT: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
@@ -28,6 +36,8 @@ def price(console: Console, price: Price, counts: SampleCounts) -> None:
     table = _table("price of the cache")
     table.add_row("samples", f"{price.num_samples:,} of {counts.num_rows:,} rows")
     table.add_row("tokens", f"{price.num_tokens:,} ({price.num_supervised:,} supervised)")
+    for split, number in sorted(counts.split_samples.items()):
+        table.add_row(f"split {split}", _split_share(number, counts.split_tokens[split], counts.num_tokens))
     table.add_row("layers", f"{', '.join(map(str, price.layers))} and the last state")
     table.add_row("tokens a sample", f"{price.max_length:,} at most")
     table.add_row("bytes a token", f"{price.bytes_per_token:,}")
@@ -51,6 +61,24 @@ def price(console: Console, price: Price, counts: SampleCounts) -> None:
         console.print(f"  {line}", markup=False)
 
 
+def _split_share(num_samples: int, num_tokens: int, num_all_tokens: int) -> str:
+    share = f"{num_tokens / num_all_tokens:.1%} of the tokens"
+    return f"{count_of(num_samples, 'sample')}, {count_of(num_tokens, 'token')}, {share}"
+
+
+def regeneration_price(console: Console, price: RegenerationPrice) -> None:
+    """What the answers to prompts would cost."""
+    table = _table("price of the answers: no row has one yet")
+    table.add_row("prompts", f"{price.num_prompts:,}, {count_of(price.num_prompt_tokens, 'token')}")
+    table.add_row("answers", f"at most {count_of(price.max_answer_tokens, 'token')}; regenerate.max_tokens bounds them")
+    rate = f"assuming that decoding reaches {price.utilisation:.0%} of its matrix rate"
+    table.add_row("time", f"at most about {_hours(price.hours)} on this machine's {price.device}, {rate}")
+    for reason, count in price.unusable.items():
+        table.add_row("left out", Text(printable(f"{count:,} x {reason}")))
+    table.add_row("next", "dspark regenerate, with --local or --endpoint, then estimate again on its files")
+    console.print(table)
+
+
 def extraction(console: Console, result: ExtractResult) -> None:
     """What an extraction did."""
     plan = result.plan
@@ -69,9 +97,13 @@ def extraction(console: Console, result: ExtractResult) -> None:
         size = f"{states / plan.manifest.plan.num_tokens:,.0f} bytes a token of states, with the plan {size}"
     console.print(
         f"cache {plan.path}: {result.num_computed_shards} of {result.num_shards} shards computed, "
-        f"{result.num_tokens:,} tokens in {result.seconds:,.1f} s ({rate:,.0f} tokens/s), {size}",
+        f"{result.num_tokens:,} tokens in {result.seconds:,.1f} s ({format_rate(rate)} tokens/s), {size}",
         markup=False,
     )
+    summary = plan.manifest.plan
+    for split, counts in summary.splits.items():
+        share = _split_share(counts.num_samples, counts.num_tokens, summary.num_tokens)
+        console.print(f"split {split}: {share}", markup=False)
     if result.num_excluded:
         console.print(f"{result.num_excluded} samples with non-finite states were quarantined", markup=False)
 
@@ -98,11 +130,15 @@ def evaluation(
     """What a draft reached on the held-out split."""
     table = _table("held-out acceptance, measured from the cache")
     table.add_row("tau", f"{evaluation.tau:.3f}  (95 % interval {evaluation.tau_low:.3f} to {evaluation.tau_high:.3f})")
+    if evaluation.tau_greedy is not None:
+        interval = f"{evaluation.tau_greedy_low:.3f} to {evaluation.tau_greedy_high:.3f}"
+        table.add_row("tau, greedy draft", f"{evaluation.tau_greedy:.3f}  ({interval})")
     table.add_row("acceptance by slot", "  ".join(f"{rate:.3f}" for rate in evaluation.accept_rate_per_pos))
     table.add_row("top-1 agreement", f"{evaluation.top1_agreement:.3f}")
     table.add_row("cross-entropy", f"{evaluation.cross_entropy:.3f} nats")
     if evaluation.confidence_ece is not None:
-        table.add_row("confidence ECE", f"{evaluation.confidence_ece:.3f}")
+        everything = f"on all {count_of(evaluation.num_samples, 'conversation')}, uncalibrated"
+        table.add_row("confidence ECE", f"{evaluation.confidence_ece:.3f}  {everything}")
     if evaluation.scheduling is not None:
         _add_scheduling(table, evaluation.scheduling)
     table.add_row("measured on", f"{evaluation.num_samples:,} conversations, {evaluation.num_blocks:,} blocks")
@@ -113,23 +149,32 @@ def evaluation(
 
 
 def _add_scheduling(table: Table, scheduling: Scheduling) -> None:
-    """Calibration before and after, and what scheduling by it would yield at a few concurrencies."""
+    """Calibration before and after, and what scheduling by it would yield at a few concurrencies of a known server."""
     calibration, outlook = scheduling.calibration, scheduling.outlook
     before, after = calibration.before, calibration.after
     table.add_row(
         "calibration",
-        f"ECE {before.ece:.3f} -> {after.ece:.3f}, of prefixes {before.survival_ece:.3f} -> {after.survival_ece:.3f}, "
-        f"AUC {_auc(before.auc)} -> {_auc(after.auc)}; fitted on {calibration.num_fitted_samples:,} conversations, "
-        f"measured on {calibration.num_measured_samples:,} others",
+        f"fitted on {count_of(calibration.num_fitted_samples, 'conversation')}; on "
+        f"{calibration.num_measured_samples:,} others: ECE {before.ece:.3f} -> {after.ece:.3f}, of prefixes "
+        f"{before.survival_ece:.3f} -> {after.survival_ece:.3f}, AUC {_auc(before.auc)} -> {_auc(after.auc)}",
     )
+    if calibration.kept_slots:
+        slots = ", ".join(str(slot + 1) for slot in calibration.kept_slots)
+        table.add_row(
+            "", f"temperature 1 at slots {slots}: too few conversations have them for the error to fall beyond noise"
+        )
+    if outlook.throughput.file is None:
+        return
     table.add_row("outlook", f"{outlook.throughput.label}, on those others")
     for row in outlook.concurrencies:
         if row.num_requests in SHOWN_CONCURRENCIES:
             best = f"best fixed length {row.best_length}" if row.best_length else "no draft"
-            fixed = f"{best}: {row.fixed[row.best_length].tokens_per_second:,.0f}"
+            fixed = f"{best}: {format_rate(row.fixed[row.best_length].tokens_per_second)}"
+            against = f", against no draft {row.gain_on_no_draft:+.1%}" if row.best_length else ""
             table.add_row(
-                f"{row.num_requests} request" + "s" * (row.num_requests > 1),
-                f"scheduled {row.scheduled.tokens_per_second:,.0f} tokens/s, {fixed} ({row.gain:+.1%})",
+                count_of(row.num_requests, "request"),
+                f"scheduled {format_rate(row.scheduled.tokens_per_second)} tokens/s, "
+                f"{fixed} ({row.gain:+.1%}){against}",
             )
 
 
@@ -139,12 +184,23 @@ def _auc(value: float | None) -> str:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal's stderr, nothing elsewhere; gives a function of (done, total)."""
+    """A bar on a terminal's stderr, a line every ten seconds elsewhere; gives a function of (done, total)."""
     console = Console(stderr=True)
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    started = reported = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def show(done: int, total: int) -> None:
+            nonlocal reported
+            progress.update(task, completed=done, total=total)
+            now = time.monotonic()
+            if not console.is_terminal and done and now - reported >= LINE_SECONDS:
+                reported = now
+                eta = timedelta(seconds=int((now - started) * (total - done) / done))
+                console.print(f"{title} {done:,}/{total:,}  ETA {eta}", markup=False, highlight=False)
+
+        yield show
 
 
 def verify_report(console: Console, report: VerifyReport) -> None:
@@ -310,6 +366,13 @@ def _table(title: str) -> Table:
 def count_of(number: int, noun: str) -> str:
     """As `1 shard`, `2 shards`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def format_rate(rate: float) -> str:
+    """Whole from 10 on; below, two digits, since 1.4 and 0.6 are not alike."""
+    if round(rate, 1) >= 10 or rate == 0:
+        return f"{rate:,.0f}"
+    return f"{rate:.1f}" if rate >= 1 else f"{rate:#.2g}"
 
 
 def format_bytes(count: int) -> str:

@@ -6,12 +6,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.decoding import Decoding
-from stages.evaluate.bootstrap import Estimate
+from pipeline.show import format_rate
+from stages.evaluate.bootstrap import ENOUGH_GROUPS, Estimate
 from stages.evaluate.cached import CacheEvaluation
 from stages.evaluate.decode_report import CacheComparison, DecodingRun, Difference
 
 NUM_LISTED = 5  # differing answers
-ENOUGH_PROMPTS = 30  # below that, bootstrap intervals are visibly too narrow (assumption: the usual rule of thumb)
 
 
 def decoding(console: Console, result: Decoding, *, estimate: CacheEvaluation, file: Path) -> None:
@@ -52,8 +52,8 @@ def _describe_run(run: DecodingRun, *, device: str) -> dict[str, str]:
         "tokens that differ from the target's own": "not compared: drawn anew"
         if run.num_differing_tokens is None
         else f"{run.num_differing_tokens:,} of {run.num_tokens:,}",
-        "tokens a second, target alone": f"{run.num_plain_tokens / run.plain_seconds:,.0f}",
-        "tokens a second, with the draft": f"{run.num_tokens / run.speculative_seconds:,.0f} ({speed:.2f} x)",
+        "tokens a second, target alone": format_rate(run.num_plain_tokens / run.plain_seconds),
+        "tokens a second, with the draft": f"{format_rate(run.num_tokens / run.speculative_seconds)} ({speed:.2f} x)",
         "timed on": f"{device}, eager, one prompt at a time",
     }
 
@@ -87,7 +87,7 @@ def _comparison(console: Console, comparison: CacheComparison, *, result: Decodi
     table.add_row("the decoded answers themselves, replayed", _interval(comparison.replayed_decoded))
     table.add_row("counted minus that: zero but for luck", _interval(comparison.difference_decoded, sign="+"))
     console.print(table)
-    if comparison.num_answers < ENOUGH_PROMPTS:
+    if comparison.num_answers < ENOUGH_GROUPS:
         console.print(
             f"{comparison.num_answers} prompts are too few to tell: intervals of so few are too narrow; raise "
             "decode.num_prompts"
@@ -95,7 +95,7 @@ def _comparison(console: Console, comparison: CacheComparison, *, result: Decodi
 
 
 def _verdict(comparison: CacheComparison) -> str:
-    if comparison.num_answers < ENOUGH_PROMPTS:
+    if comparison.num_answers < ENOUGH_GROUPS:
         return ""
     return ": they agree" if comparison.agrees else ": they [red]disagree[/red]"
 

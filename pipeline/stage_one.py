@@ -1,18 +1,22 @@
 """Stage one as the command line runs it: config sections to `stages.extract`'s settings."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.regeneration_price import RegenerationPrice, price_regeneration
 from stages.errors import SettingError
 from stages.extract import import_run, run
 from stages.extract.peer_caches import DeepSpecCache, PeerCache, SpeculatorsCache
 from stages.extract.price import Price
-from stages.extract.samples import SampleCounts
+from stages.extract.samples import PromptsOnlyError, SampleCounts
 from stages.extract.share import ALONE, Share
 from stages.train.config import build_draft_config
+
+logger = logging.getLogger(__name__)
 
 
 def settings_of(config: Config) -> run.Settings:
@@ -36,9 +40,13 @@ def check_draft(config: Config, target_config: Any) -> None:
     )
 
 
-def estimate(config: Config) -> tuple[Price, SampleCounts]:
-    """Price the extraction; nothing is written and no weights are read."""
-    return run.estimate(settings_of(config), check_target=partial(check_draft, config))
+def estimate(config: Config) -> tuple[Price, SampleCounts] | RegenerationPrice:
+    """Price the extraction, or, where no row has an answer, the answers; nothing is written, no weights are read."""
+    try:
+        return run.estimate(settings_of(config), check_target=partial(check_draft, config))
+    except PromptsOnlyError as error:
+        logger.warning("%s", error)
+        return price_regeneration(config)
 
 
 def extract(

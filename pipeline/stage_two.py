@@ -28,7 +28,7 @@ from stages.extract.settings import CacheSection
 from stages.train import DSparkTrainerModule, Qwen3DSparkModel
 from stages.train.anchors import anchor_candidates
 from stages.train.batches import EMPTY_BATCH, gather_batch, plan_batches
-from stages.train.draft_folder import read_draft
+from stages.train.draft_folder import check_draft_folder, digest_draft, read_draft
 from stages.train.interrupt import StopRequest, stop_on_signals
 from stages.train.loop import compute_dtype
 from stages.train.module import SlotScores
@@ -37,6 +37,7 @@ from stages.train.run import TrainResult, objective_arguments, train
 from stages.train.validation import Judge, Validate
 from stages.train.warm_start import COMPARED_ROWS, same_rows
 from storage import CacheIdentity, CacheReader, check_identity
+from storage.progress import Meter
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,8 @@ def _wanted_identity(config: Config, *, cached: CacheIdentity) -> CacheIdentity:
         known["layers"] = config.cache.layers
     if cached.imported_from:
         return _wanted_import(settings, known, cached=cached)
-    data_at_hand = all(glob.glob(pattern, recursive=True) for pattern in config.data.files)  # none for an address
+    patterns = (*config.data.files, *config.data.validation_files)
+    data_at_hand = all(glob.glob(pattern, recursive=True) for pattern in patterns)  # none for an address
     if Path(config.target.model).is_dir() and data_at_hand:
         return describe_inputs(settings).header.identity
     logger.info("target or data are no local files here: the cache is compared with the config's own values only")
@@ -188,11 +190,35 @@ def evaluate_draft(config: Config, *, draft_dir: Path) -> Evaluation:
     reader.plan_reads(evaluated_indices(config, reader))
     ranks = Ranks(device=choose_device(config.train.device))
     module = DSparkTrainerModule(model.to(ranks.device), **objective_arguments(config.objective))
-    origin = Origin(
+    scores = _score_split(config, module, reader=reader, ranks=ranks)
+    return evaluate_fully(
+        scores,
+        block_size=block_size,
+        origin=_origin_of(config, reader),
+        table=table,
+        weights_digest=digest_draft(draft_dir),
+        computed_in=config.train.dtype,
+    )
+
+
+def is_evaluation_of(evaluation: Evaluation, config: Config, *, draft_dir: Path) -> bool:
+    """Whether `evaluate_draft` would measure these numbers again: same weights, same blocks, same table."""
+    check_draft_folder(draft_dir)
+    reader, scheduling = open_reader(config.cache), evaluation.scheduling
+    table = read_throughput_table(config.evaluate.throughput_table, least_tokens=1 + evaluation.block_size)
+    return (
+        evaluation.weights_digest == digest_draft(draft_dir)
+        and evaluation.computed_in == config.train.dtype
+        and evaluation.origin == _origin_of(config, reader)
+        and evaluation.num_samples == len(evaluated_indices(config, reader))
+        and (scheduling is None or scheduling.outlook.throughput == table)
+    )
+
+
+def _origin_of(config: Config, reader: CacheReader) -> Origin:
+    return Origin(
         cache_digest=reader.identity.digest(), num_anchors=config.evaluate.num_anchors, seed=config.evaluate.seed
     )
-    scores = _score_split(config, module, reader=reader, ranks=ranks)
-    return evaluate_fully(scores, block_size=block_size, origin=origin, table=table)
 
 
 def save_evaluation(evaluation: Evaluation, *, file: Path, draft_dir: Path) -> None:
@@ -262,12 +288,14 @@ def _iterate_scores(
     fill = repeat(EMPTY_BATCH, -(-len(indices) // ranks.world) - len(own))
     was_training = module.training
     module.eval()
+    meter = Meter(logger, "measuring", total=len(own), unit="conversations")
     for batch in chain(batches, fill):
         stop.check(ranks)
         with compute_dtype(ranks.device, config.train.dtype):
             scores = module.score(**gather_batch(reader, batch, device=ranks.device))
         for sample_id in batch.sample_ids:  # one, or none in an empty batch
             yield sample_id, _checked(_to_cpu(scores), sample_id=sample_id)
+            meter.advance()
     module.train(was_training)
 
 

@@ -68,7 +68,10 @@ class RegenerationCounts(Record):
     """What became of the prompts; `dropped` and `failed` by reason.
 
     `num_truncated`: kept answers that did not end; `num_cut`: conversations that end before their last turn, since that
-    could not be answered; `num_prompt_mismatches`: answers whose prompt had another length at the endpoint than here.
+    could not be answered; `num_prompt_mismatches`: answers whose prompt was another at the endpoint than here.
+    `num_unfinished`: answers that did not end within their tokens, kept or not; `num_text`: conversations with an
+    answer that is known as text alone, all others are token ids as they were sampled; `num_id_rows`: rows of token ids.
+    These are None in files of earlier versions, whose rows are all text.
     """
 
     num_answered: int
@@ -77,6 +80,9 @@ class RegenerationCounts(Record):
     num_truncated: int
     num_cut: int
     num_prompt_mismatches: int
+    num_unfinished: int | None = None
+    num_text: int | None = None
+    num_id_rows: int | None = None
     dropped: dict[str, int]
     failed: dict[str, int]
 
@@ -90,6 +96,16 @@ class RegenerationManifest(Record):
     provenance: dict[str, str]
     counts: RegenerationCounts | None = None
     files: dict[str, int] = Field(default_factory=dict)
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether some row is token ids."""
+        return self.counts is not None and bool(self.counts.num_id_rows)
+
+    @property
+    def is_all_ids(self) -> bool:
+        """Whether every row is, so that its own mask says what is supervised."""
+        return self.counts is not None and self.counts.num_text == 0
 
     def render(self) -> bytes:
         return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()

@@ -4,6 +4,7 @@ Published by ``CacheWriter`` after the shard's directory is durable; read when a
 time and no host, so the same shard has the same record wherever it was computed.
 """
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Annotated
 from pydantic import Field
 
 from storage import layout
+from storage.bounds import max_commit_bytes
 from storage.encodings import Encoding
 from storage.errors import CacheCorruptError, CacheFormatError
 from storage.files import read_inside
@@ -85,6 +87,16 @@ class PlannedShard:
         """States of a token: the stored layers and the last one."""
         hidden, *_ = self.specs_of(layout.HIDDEN_STATES)
         return hidden.row_shape[0] + 1
+
+    @property
+    def max_commit_bytes(self) -> int:
+        """What the shard's record cannot exceed."""
+        return max_commit_bytes(
+            num_layers=max(math.prod(spec.row_shape[:-1]) for spec in self.arrays),
+            num_chunks=sum(spec.num_chunks for spec in self.arrays),
+            num_samples=self.num_samples,
+            num_tokens=self.num_tokens,
+        )
 
     def specs_of(self, array: str) -> tuple[ArraySpec, ...]:
         """An array of states, followed by its scales where it has any."""
@@ -170,7 +182,7 @@ def read_commit(planned: PlannedShard, *, has_marker: bool) -> CommitRecord:
     name = layout.commit_name(planned.shard)
     where = planned.root / name
     try:
-        data = read_inside(planned.root, name)
+        data = read_inside(planned.root, name, max_bytes=planned.max_commit_bytes)
     except FileNotFoundError as error:
         raise CacheCorruptError(f"{where}: is gone; run extract again to compute this shard") from error
     record = record_type(planned).parse(data, where=str(where))

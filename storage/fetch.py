@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from storage import layout
+from storage.bounds import MAX_RECORD_BYTES
 from storage.commit import CommitRecord, PlannedShard, check_commit, record_type
 from storage.errors import CacheCorruptError, CacheNotFoundError
 from storage.faults import fault_point
@@ -23,7 +24,7 @@ from storage.zarr_array import ArraySpec, group_metadata
 def fetch_manifest(store: RemoteStore) -> Manifest:
     """The manifest of the cache in the store. Raises CacheNotFoundError where there is none."""
     try:
-        data = store.read(layout.MANIFEST)
+        data = store.read(layout.MANIFEST, max_bytes=MAX_RECORD_BYTES)
     except CacheNotFoundError as error:
         raise CacheNotFoundError(
             f"{store.where(layout.MANIFEST)}: not found, so no cache is here; check the address, or dspark push one"
@@ -34,7 +35,8 @@ def fetch_manifest(store: RemoteStore) -> Manifest:
 def fetch_commit(store: RemoteStore, planned: PlannedShard) -> CommitRecord:
     """A shard's record in the store, held against the plan."""
     where = store.where(layout.commit_name(planned.shard))
-    record = record_type(planned).parse(store.read(layout.commit_name(planned.shard)), where=where)
+    data = store.read(layout.commit_name(planned.shard), max_bytes=planned.max_commit_bytes)
+    record = record_type(planned).parse(data, where=where)
     check_commit(record, planned, where=where)
     return record
 

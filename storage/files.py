@@ -6,12 +6,20 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from storage.errors import CacheCorruptError, CacheError, CacheReadError, CacheSpaceError, CacheWriteError
+from storage.errors import (
+    CacheCorruptError,
+    CacheError,
+    CacheFormatError,
+    CacheReadError,
+    CacheSpaceError,
+    CacheWriteError,
+)
 from storage.faults import fault_point
 from storage.temps import temp_path
 
@@ -139,17 +147,31 @@ def _open_directory_at(parent: int, part: str) -> int:
     return os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
 
 
-def read_inside(root: Path, name: str, *, num_bytes: int | None = None) -> bytes:
-    """All bytes of a file; ``num_bytes`` is the size that it must have (checked before anything is read)."""
+def read_inside(root: Path, name: str, *, num_bytes: int | None = None, max_bytes: int | None = None) -> bytes:
+    """All bytes of a file; ``num_bytes`` is the size that it must have, or ``max_bytes`` what it must not exceed.
+
+    The size is checked before anything is read. Raises CacheCorruptError, CacheFormatError where it is too large.
+    """
     fd = open_inside(root, name)
     with os.fdopen(fd, "rb", buffering=0) as file:
         size = os.fstat(fd).st_size
         if num_bytes is not None and size != num_bytes:
             raise CacheCorruptError(f"{root / name}: has {size} bytes, expected {num_bytes}")
+        if max_bytes is not None and size > max_bytes:
+            raise CacheFormatError(f"{root / name}: has {size} bytes, expected {max_bytes} at most; it is not read")
         try:
-            return file.readall()
+            return _read_to_end(file, size)
         except OSError as error:
             raise CacheReadError(f"{root / name}: cannot read: {error.strerror}") from error
+
+
+def _read_to_end(file: BinaryIO, size: int) -> bytes:
+    """``size`` bytes, and no more though the file may have grown since."""
+    pieces = []
+    while size > 0 and (piece := file.read(size)):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
 
 
 def hash_inside(root: Path, name: str, *, piece_bytes: int = 1 << 24) -> tuple[int, str]:

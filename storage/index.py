@@ -3,30 +3,18 @@
 Written by ``CachePlan.write``; read whole by whoever opens a cache.
 """
 
-import io
 from array import array
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from storage import layout
+from storage.bounds import MAX_SHARD_SAMPLES, MAX_SHARD_TOKENS
 from storage.errors import CacheFormatError, CacheUsageError
-from storage.manifest import SPLITS, PlanSummary, SplitCounts
-
-_SCHEMA = pa.schema(
-    [
-        pa.field("sample_id", pa.int64(), nullable=False),
-        pa.field("shard", pa.int32(), nullable=False),
-        pa.field("token_offset", pa.int64(), nullable=False),
-        pa.field("num_tokens", pa.int32(), nullable=False),
-        pa.field("num_supervised", pa.int32(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-    ]
-)
+from storage.manifest import SPLITS, CacheHeader, PlanSummary, SplitCounts
+from storage.tables import INDEX_SCHEMA, TableSize, read_codes, read_table, render_table
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,48 +103,39 @@ def render_index(index: PlanIndex) -> bytes:
         pa.array(index.num_supervised),
         pa.DictionaryArray.from_arrays(codes, pa.array(SPLITS)).cast(pa.string()),
     ]
-    return render_table(pa.Table.from_arrays(columns, schema=_SCHEMA))
+    return render_table(pa.Table.from_arrays(columns, schema=INDEX_SCHEMA))
 
 
-def render_table(table: pa.Table) -> bytes:
-    """Parquet bytes with every option that could vary fixed."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, version="2.6", compression="zstd", row_group_size=1 << 20)
-    return buffer.getvalue()
-
-
-def read_table(data: bytes, schema: pa.Schema, *, where: str) -> pa.Table:
-    """Parse Parquet bytes that must have exactly this schema and no nulls."""
-    try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-        table.validate(full=True)  # strings are of any bytes until then
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise CacheFormatError(f"{where}: is not a readable Parquet file: {error}") from error
-    if not table.schema.equals(schema) or any(column.null_count for column in table.columns):
-        raise CacheFormatError(f"{where}: expected columns without nulls {_names(schema)}, got {_names(table.schema)}")
-    return table
-
-
-def parse_index(data: bytes, plan: PlanSummary, *, where: str) -> PlanIndex:
+def parse_index(data: bytes, plan: PlanSummary, header: CacheHeader, *, where: str) -> PlanIndex:
     """Read the index back and check that it is a layout that a plan can have."""
-    table = read_table(data, _SCHEMA, where=where)
-    codes = np.full(table.num_rows, len(SPLITS), dtype=np.uint8)
-    for code, split in enumerate(SPLITS):
-        codes[pc.equal(table.column("split"), split).to_numpy()] = code
-    columns = {name: table.column(name).to_numpy() for name in _SCHEMA.names[:-1]}
-    _check_layout(columns, codes, plan, where)
+    table = read_table(data, INDEX_SCHEMA, TableSize(num_rows=plan.num_samples), where=where)
+    codes = [
+        np.array([_split_code(name) for name in names], dtype=np.uint8)[places]
+        for places, names in read_codes(table.column("split"))
+    ]
+    columns = {name: table.column(name).to_numpy() for name in INDEX_SCHEMA.names[:-1]}
+    index_codes = np.concatenate(codes)
+    _check_layout(columns, index_codes, plan, header, where)
     return PlanIndex(
         sample_ids=columns["sample_id"],
         shards=columns["shard"],
         token_offsets=columns["token_offset"],
         num_tokens=columns["num_tokens"],
         num_supervised=columns["num_supervised"],
-        split_codes=codes,
+        split_codes=index_codes,
     )
 
 
+def _split_code(name: str) -> int:
+    return SPLITS.index(name) if name in SPLITS else len(SPLITS)
+
+
 def _check_layout(
-    columns: dict[str, npt.NDArray[np.int64]], codes: npt.NDArray[np.uint8], plan: PlanSummary, where: str
+    columns: dict[str, npt.NDArray[np.int64]],
+    codes: npt.NDArray[np.uint8],
+    plan: PlanSummary,
+    header: CacheHeader,
+    where: str,
 ) -> None:
     shards, tokens = columns["shard"], columns["num_tokens"].astype(np.int64)
     starts = np.cumsum(tokens) - tokens
@@ -166,13 +145,17 @@ def _check_layout(
         "the number of samples": len(shards) == plan.num_samples > 0,
         "the shard numbers": len(first) == plan.num_shards and bool(np.all((steps == 0) | (steps == 1))),
         "the token counts": int(tokens.sum()) == plan.num_tokens and bool(np.all(tokens > 0)),
+        "the samples longer than max_length": bool(np.all(tokens <= header.identity.max_length)),
         "the split names": bool(np.all(codes < len(SPLITS))),
     }
     if all(rules.values()):
-        offsets = starts - np.repeat(starts[first], np.diff(np.append(first, len(shards))))
+        counts, ends = np.diff(np.append(first, len(shards))), np.append(starts[first], plan.num_tokens)
+        offsets = starts - np.repeat(starts[first], counts)
         supervised = columns["num_supervised"]
         rules |= {
             "shard 0": int(shards[0]) == 0,
+            "the sizes of shards": int(counts.max()) <= MAX_SHARD_SAMPLES
+            and int(np.diff(ends).max()) <= MAX_SHARD_TOKENS,
             "the token offsets": bool(np.array_equal(offsets, columns["token_offset"])),
             "the supervised counts": bool(np.all((supervised >= 0) & (supervised <= tokens))),
             "the sample ids": len(np.unique(columns["sample_id"])) == len(shards) and columns["sample_id"].min() >= 0,
@@ -180,7 +163,3 @@ def _check_layout(
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         raise CacheFormatError(f"{where}: {', '.join(broken)} cannot be those of the plan in {layout.MANIFEST}")
-
-
-def _names(schema: pa.Schema) -> str:
-    return ", ".join(f"{item.name} {item.type}" for item in schema)

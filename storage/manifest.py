@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from storage import layout
+from storage.bounds import MAX_LAYERS, MAX_RECORD_BYTES, MAX_TOKEN_BYTES, find_excess
 from storage.encodings import Encoding, parse_encoding
 from storage.errors import CacheFormatError, CacheIdentityError, CacheNotFoundError
 from storage.files import read_inside
@@ -30,6 +31,8 @@ LAST_STATE_CONVENTION = (
 
 
 def _parse_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if len(layers) > MAX_LAYERS:
+        raise ValueError(f"expected {MAX_LAYERS} layers at most, got {len(layers)}")
     if not layers or layers[0] < -1 or list(layers) != sorted(set(layers)):
         raise ValueError(f"expected ascending layer ids from -1 on, each once, got {layers}")
     return layers
@@ -142,6 +145,8 @@ class CacheHeader(_HeaderFields):
     def _check_layers(self) -> Self:
         if self.identity.layers[-1] >= self.num_target_layers:
             raise ValueError(f"layers {self.identity.layers} reach past the target's {self.num_target_layers} blocks")
+        if self.token_bytes > MAX_TOKEN_BYTES:
+            raise ValueError(f"a token takes {self.token_bytes} bytes, expected {MAX_TOKEN_BYTES} at most")
         return self
 
     @property
@@ -274,7 +279,7 @@ def read_manifest(root: Path) -> Manifest:
     if not root.is_dir():
         raise CacheNotFoundError(f"{root}: is not a directory, so no cache is here; run extract, or check the path")
     try:
-        data = read_inside(root, layout.MANIFEST)
+        data = read_inside(root, layout.MANIFEST, max_bytes=MAX_RECORD_BYTES)
     except FileNotFoundError as error:
         raise CacheNotFoundError(
             f"{where}: not found, so this is not a planned cache; run extract, or check the path"
@@ -288,4 +293,6 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     conventions = (manifest.layer_convention, manifest.last_state_convention)
     if conventions != (LAYER_CONVENTION, LAST_STATE_CONVENTION):
         raise CacheFormatError(f"{where}: states other conventions than this code keeps: {conventions}")
+    if excess := find_excess(manifest):
+        raise CacheFormatError(f"{where}: {'; '.join(excess)}; no plan has that, so this cache is damaged or hostile")
     return manifest

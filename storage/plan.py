@@ -13,12 +13,13 @@ from pathlib import Path
 
 from storage import layout
 from storage.commit import ArrayRecord, PlannedShard, plan_shard, seal_commit
-from storage.errors import CacheCorruptError, CacheUsageError
+from storage.errors import CacheCorruptError, CacheFormatError, CacheUsageError
 from storage.files import crc32c_hex, hash_inside, read_inside
 from storage.index import PlanIndex, parse_index
 from storage.manifest import CacheHeader, Manifest, read_manifest
 from storage.plan_files import publish_plan
-from storage.samples import PlannedSample, parse_samples
+from storage.samples import PlannedSample, parse_samples, samples_size
+from storage.tables import SAMPLES_SCHEMA
 from storage.zarr_array import group_metadata
 
 
@@ -59,7 +60,8 @@ class CachePlan:
         """Read a published plan. Raises CacheNotFoundError where there is none."""
         root = Path(path)
         manifest = read_manifest(root)
-        index = parse_index(read_recorded(root, layout.INDEX, manifest), manifest.plan, where=str(root / layout.INDEX))
+        data = read_recorded(root, layout.INDEX, manifest)
+        index = parse_index(data, manifest.plan, manifest.header, where=str(root / layout.INDEX))
         return cls(path=root, manifest=manifest, index=index)
 
     @property
@@ -142,6 +144,8 @@ def check_recorded(root: Path, name: str, manifest: Manifest) -> None:
 def read_shard_samples(root: Path, manifest: Manifest, index: PlanIndex, shard: int) -> list[PlannedSample]:
     """Samples of one shard, checked against the manifest and the index."""
     name = layout.samples_name(shard)
+    if problem := samples_size(index, shard).find_misfit(manifest.files[name].num_bytes, SAMPLES_SCHEMA):
+        raise CacheFormatError(f"{root / name}: {layout.MANIFEST} says {problem}")
     return parse_samples(read_recorded(root, name, manifest), index, shard, where=str(root / name))
 
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from storage import layout
+from storage.bounds import MAX_TARGET_TEXT_BYTES
 from storage.commit import CommitRecord, PlannedShard, list_commits, plan_shard, read_commit, remedy
 from storage.errors import CacheCorruptError, CacheFormatError, CacheIncompleteError, CacheUsageError
 from storage.manifest import SPLITS, CacheIdentity, Manifest, Split
@@ -114,7 +115,8 @@ class CacheReader(Sequence[Sample]):
             self._plan = CachePlan.read(Path(path).absolute())  # a pickled reader may open elsewhere
         self._source = (os.fspath(path) if self._staged else self._plan.path, staging, staging_bytes)
         self._layers = _parse_layers(layers, self._plan)
-        self._selection = _plan_selection([self.identity.layers.index(layer) for layer in self._layers])
+        places = {layer: place for place, layer in enumerate(self.identity.layers)}
+        self._selection = _plan_selection([places[layer] for layer in self._layers])
         self._io: Io = io
         self._checks: Checks = checks
         self._mapped = io == "mmap" or (io == "auto" and not is_network_path(self._plan.path))
@@ -231,6 +233,10 @@ class CacheReader(Sequence[Sample]):
         if self._staged is not None:
             self._staged.fetch_target()
         for name in files:
+            if not name.endswith(".safetensors") and self.manifest.files[name].num_bytes > MAX_TARGET_TEXT_BYTES:
+                raise CacheFormatError(
+                    f"{self.path / name}: is larger than {MAX_TARGET_TEXT_BYTES} bytes; it is not read"
+                )
             check_recorded(self.path, name, self.manifest)
         return self.target_dir
 

@@ -15,7 +15,14 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from storage.errors import CacheCorruptError, CacheError, CacheNotFoundError, CacheReadError, CacheUsageError
+from storage.errors import (
+    CacheCorruptError,
+    CacheError,
+    CacheFormatError,
+    CacheNotFoundError,
+    CacheReadError,
+    CacheUsageError,
+)
 from storage.files import disk_errors, sync_file
 
 # Bytes of one request: long enough to hide its latency, short enough that four of them in flight take little memory.
@@ -48,9 +55,26 @@ class RemoteStore:
         """The address of a file, for messages."""
         return f"{self.url}/{name}"
 
-    def read(self, name: str) -> bytes:
-        """All bytes of a small file."""
+    def read(self, name: str, *, max_bytes: int) -> bytes:
+        """All bytes of a small file. Raises CacheFormatError where it is larger, or may be."""
+        size = self._attempt(name, lambda system, path: system.info(path)["size"])
+        if size is None:  # a web server that does not say
+            return self._read_stream(name, max_bytes)
+        if size > max_bytes:
+            raise CacheFormatError(
+                f"{self.where(name)}: has {size} bytes, expected {max_bytes} at most; it is not read"
+            )
         return self._attempt(name, lambda system, path: bytes(system.cat_file(path)))
+
+    def _read_stream(self, name: str, max_bytes: int) -> bytes:
+        def read(system: Any, path: str) -> bytes:
+            with system.open(path, "rb") as stream:
+                return bytes(stream.read(max_bytes + 1))
+
+        data = self._attempt(name, read)
+        if len(data) > max_bytes:
+            raise CacheFormatError(f"{self.where(name)}: has more than {max_bytes} bytes; it is not read")
+        return data
 
     def size(self, name: str) -> int:
         """Bytes of a file."""

@@ -13,18 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from storage.errors import CacheFormatError, CacheUsageError
-from storage.index import PlanIndex, read_table, render_table
+from storage.index import PlanIndex
 from storage.manifest import SPLITS, CacheHeader, Split
-
-_SCHEMA = pa.schema(
-    [
-        pa.field("sample_id", pa.int64(), nullable=False),
-        pa.field("source_file", pa.string(), nullable=False),
-        pa.field("source_row", pa.int64(), nullable=False),
-        pa.field("input_ids", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
-        pa.field("loss_mask", pa.list_(pa.field("element", pa.uint8(), nullable=False)), nullable=False),
-    ]
-)
+from storage.tables import SAMPLES_SCHEMA, TableSize, read_codes, read_table, render_table
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,7 +84,7 @@ def render_samples(samples: Sequence[PlannedSample]) -> bytes:
     ends = np.cumsum([sample.num_tokens for sample in samples])
     offsets = pa.array(np.concatenate([[0], ends]).astype(np.int32))
     lists = [
-        pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(values)), type=_SCHEMA.field(name).type)
+        pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(values)), type=SAMPLES_SCHEMA.field(name).type)
         for name, values in (
             ("input_ids", [sample.input_ids for sample in samples]),
             ("loss_mask", [sample.loss_mask for sample in samples]),
@@ -105,13 +96,18 @@ def render_samples(samples: Sequence[PlannedSample]) -> bytes:
         pa.array([sample.source_row for sample in samples], pa.int64()),
         *lists,
     ]
-    return render_table(pa.Table.from_arrays(columns, schema=_SCHEMA))
+    return render_table(pa.Table.from_arrays(columns, schema=SAMPLES_SCHEMA))
+
+
+def samples_size(index: PlanIndex, shard: int) -> TableSize:
+    """What the samples file of a shard holds."""
+    return TableSize(num_rows=len(index.shard_rows(shard)), num_values=int(index.shard_tokens[shard]))
 
 
 def parse_samples(data: bytes, index: PlanIndex, shard: int, *, where: str) -> list[PlannedSample]:
     """Read a shard's samples back and check them against the index."""
-    table = read_table(data, _SCHEMA, where=where)
     rows = index.shard_rows(shard)
+    table = read_table(data, SAMPLES_SCHEMA, samples_size(index, shard), where=where)
     columns = [table.column(name).combine_chunks() for name in ("input_ids", "loss_mask")]
     lengths = [column.value_lengths().to_numpy() for column in columns]
     expected = index.num_tokens[rows.start : rows.stop]
@@ -121,7 +117,8 @@ def parse_samples(data: bytes, index: PlanIndex, shard: int, *, where: str) -> l
     if not all(np.array_equal(length, expected) for length in lengths):
         raise CacheFormatError(f"{where}: its token counts are not those of the index")
     ids, masks = (np.array(column.flatten().to_numpy()) for column in columns)
-    files, source_rows = table.column("source_file").to_pylist(), table.column("source_row").to_pylist()
+    files = [names[code] for codes, names in read_codes(table.column("source_file")) for code in codes.tolist()]
+    source_rows = table.column("source_row").to_pylist()
     return [
         PlannedSample(
             sample_id=int(index.sample_ids[row]),

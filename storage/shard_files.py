@@ -20,7 +20,7 @@ from storage import layout
 from storage.codecs import decompress, dequantize
 from storage.commit import ArrayRecord, CommitRecord, PlannedShard, remedy
 from storage.encodings import Encoding, Scaling
-from storage.errors import CacheCorruptError, CacheReadError
+from storage.errors import CacheCorruptError, CacheFormatError, CacheReadError
 from storage.files import crc32c_hex, open_inside, read_inside
 from storage.zarr_array import ArraySpec
 
@@ -232,9 +232,10 @@ def open_states(
         record = records[spec.name]
         file = kind(folder, spec.data_name, num_bytes=record.file_bytes, hint=hint)
         arrays.append(StoredArray(file, spec, record, access, hint=hint))
-    if encoding.scaling is None:
+    scaling = specs[0].scaling
+    if scaling is None:
         return arrays[0]
-    return ScaledStates(arrays[0], arrays[1], scaling=encoding.scaling, dtype=encoding.torch_dtype)
+    return ScaledStates(arrays[0], arrays[1], scaling=scaling, dtype=encoding.torch_dtype)
 
 
 def _open(root: Path, name: str, *, num_bytes: int, hint: str) -> int:
@@ -255,9 +256,11 @@ def _open(root: Path, name: str, *, num_bytes: int, hint: str) -> int:
 def _check_metadata(planned: PlannedShard, spec: ArraySpec) -> None:
     name = f"{layout.shard_name(planned.shard)}/{layout.array_metadata_name(spec.name)}"
     try:
-        found = read_inside(planned.root, name)
+        found = read_inside(planned.root, name, max_bytes=len(spec.metadata()))
     except FileNotFoundError as error:
         raise CacheCorruptError(f"{planned.root / name}: is gone, but committed; {remedy(planned.shard)}") from error
+    except CacheFormatError:
+        found = b""  # more bytes than it can have
     if found != spec.metadata():
         raise CacheCorruptError(
             f"{planned.root / name}: is not the metadata of {spec.num_rows} rows of {list(spec.row_shape)} in "

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from storage.bounds import find_shard_excess
+from storage.errors import CacheUsageError
 from storage.manifest import CacheHeader
 from storage.samples import PlannedSample, check_sample
 
@@ -34,9 +36,16 @@ def plan_shards(samples: Iterable[PlannedSample], header: CacheHeader) -> Iterat
         check_sample(sample, header)
         sample_bytes = sample.num_tokens * header.token_bytes
         if shard and num_bytes + sample_bytes > limit:
-            yield sorted(shard, key=lambda item: -item.num_tokens)
+            yield _sort_shard(shard)
             shard, num_bytes = [], 0
         shard.append(sample)
         num_bytes += sample_bytes
     if shard:
-        yield sorted(shard, key=lambda item: -item.num_tokens)
+        yield _sort_shard(shard)
+
+
+def _sort_shard(shard: list[PlannedSample]) -> list[PlannedSample]:
+    num_tokens = sum(sample.num_tokens for sample in shard)
+    if excess := find_shard_excess(num_samples=len(shard), num_tokens=num_tokens):
+        raise CacheUsageError(f"the shard of sample {shard[0].sample_id} {excess}; lower cache.shard_bytes")
+    return sorted(shard, key=lambda item: -item.num_tokens)

@@ -75,12 +75,12 @@ class StateWriter:
             work = partial(compress, itemsize=encoding.element.torch_dtype.itemsize)
             for data in (self._pool.map if self._pool else map)(work, map(_bytes, chunks)):
                 self.arrays[0].append(data)
-        elif encoding.scaling is None:
+        elif self._spec.scaling is None:
             for chunk in chunks:
                 self.arrays[0].append(_bytes(chunk))
         else:
             for chunk in chunks:
-                pair = quantize(chunk, scaling=encoding.scaling, dtype=encoding.element.torch_dtype)
+                pair = quantize(chunk, scaling=self._spec.scaling, dtype=encoding.element.torch_dtype)
                 for array, part in zip(self.arrays, pair, strict=True):
                     array.append(_bytes(part))
 

@@ -32,6 +32,7 @@ from storage.files import read_inside, sync_directory
 from storage.manifest import Manifest
 from storage.plan import CachePlan, check_recorded
 from storage.plan_files import copy_plan
+from storage.progress import Position, log_position
 from storage.remote import RemoteStore, is_remote
 from storage.verify import find_array_problems
 from storage.writer import CacheWriter
@@ -113,11 +114,14 @@ def _copy_shards(verb: str, plan: CachePlan, commits: set[int], copy: Callable[[
             if num_bytes:
                 seconds = time.monotonic() - started
                 rate = sum(size or 0 for size in sizes) / seconds
-                eta = time.strftime("%H:%M:%S", time.gmtime(seconds * (total - done_tokens) / done_tokens))
-                logger.info(
-                    "shard %6d  %s  %5d/%d  %8.1f MB  %8.1f MB/s  ETA %s",
-                    shard, verb, len(sizes), len(wanted), num_bytes / 1e6, rate / 1e6, eta,
-                )  # fmt: skip
+                left = seconds * (total - done_tokens) / done_tokens
+                eta = time.strftime("%H:%M:%S", time.gmtime(left))
+                log_position(
+                    logger,
+                    Position(name=verb, done=len(sizes), total=len(wanted), eta_seconds=left),
+                    f"shard {shard:6d}  {verb}  {len(sizes):5d}/{len(wanted)}  {num_bytes / 1e6:8.1f} MB  "
+                    f"{rate / 1e6:8.1f} MB/s  ETA {eta}",
+                )
     return TransferResult(
         num_shards=plan.num_shards,
         num_copied=sum(bool(size) for size in sizes),
@@ -185,7 +189,7 @@ def _push_shard(store: RemoteStore, planned: PlannedShard, record: CommitRecord)
         name = f"{directory}/{spec.data_name}"
         problem = next(find_array_problems(planned.root, name, spec, record.arrays[spec.name]), None)
         metadata = f"{directory}/{layout.array_metadata_name(spec.name)}"
-        if problem is None and read_inside(planned.root, metadata) != spec.metadata():
+        if problem is None and not _has_bytes(planned.root, metadata, spec.metadata()):
             name, problem = metadata, "its bytes are not the ones that the plan implies"
         if problem is not None:
             raise CacheCorruptError(f"{planned.root / name}: {problem}; not pushed; {remedy(planned.shard)}")
@@ -199,6 +203,13 @@ def _push_shard(store: RemoteStore, planned: PlannedShard, record: CommitRecord)
     fault_point("push.data")
     store.write(layout.commit_name(planned.shard), record.render())
     return shard_bytes(planned, record)
+
+
+def _has_bytes(root: Path, name: str, expected: bytes) -> bool:
+    try:
+        return read_inside(root, name, num_bytes=len(expected)) == expected
+    except CacheCorruptError:
+        return False
 
 
 def _pull_shard(store: RemoteStore, plan: CachePlan, shard: int) -> int | None:

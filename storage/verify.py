@@ -206,7 +206,7 @@ class _Check:
         self.expected.add(place.file)
         try:
             data = read_recorded(self.root, place.file, manifest)
-            index = parse_index(data, manifest.plan, where=str(self.root / place.file))
+            index = parse_index(data, manifest.plan, manifest.header, where=str(self.root / place.file))
             self._count(place, len(data))
         except (CacheError, OSError) as error:
             self._report(place, error)

@@ -26,7 +26,10 @@ from storage.manifest import CacheHeader
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySpec:
-    """An array [num_rows, *row_shape], cut into inner chunks of ``chunk_rows`` rows."""
+    """An array [num_rows, *row_shape], cut into inner chunks of ``chunk_rows`` rows.
+
+    ``scaling`` is that of an array of states which has an array of scales.
+    """
 
     name: str
     num_rows: int
@@ -35,6 +38,7 @@ class ArraySpec:
     element: Element
     chunk_rows: int = INNER_TOKENS
     compressed: bool = False
+    scaling: Scaling | None = None
     attributes: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -138,22 +142,31 @@ def plan_arrays(header: CacheHeader, num_tokens: int) -> tuple[ArraySpec, ...]:
         num_tokens=num_tokens,
         axes={"layer": len(layers), "hidden": hidden_size},
         attributes={"layers": list(layers)},
+        scaling=header.encoding.scaling,
     )
     last = _plan_states(
-        layout.LAST_HIDDEN_STATES, header, num_tokens=num_tokens, axes={"hidden": hidden_size}, attributes={}
+        layout.LAST_HIDDEN_STATES,
+        header,
+        num_tokens=num_tokens,
+        axes={"hidden": hidden_size},
+        attributes={},
+        scaling=header.encoding.last_scaling,
     )
-    scaling = header.encoding.scaling
-    if scaling is None:
-        return hidden, last
-    return hidden, last, _plan_scales(hidden, scaling), _plan_scales(last, scaling)
+    return hidden, last, *(_plan_scales(spec, spec.scaling) for spec in (hidden, last) if spec.scaling)
 
 
 def _plan_states(
-    name: str, header: CacheHeader, *, num_tokens: int, axes: Mapping[str, int], attributes: Mapping[str, object]
+    name: str,
+    header: CacheHeader,
+    *,
+    num_tokens: int,
+    axes: Mapping[str, int],
+    attributes: Mapping[str, object],
+    scaling: Scaling | None,
 ) -> ArraySpec:
     encoding = header.encoding
     scales: dict[str, object] = {}
-    if (scaling := encoding.scaling) is not None:
+    if scaling is not None:
         scales = {"scale": layout.scale_name(name), "tokens_per_scale": scaling.tokens}
         if scaling.channels is not None and scaling.channels > 1:
             scales["channels_per_scale"] = scaling.channels
@@ -164,6 +177,7 @@ def _plan_states(
         dimension_names=("token", *axes),
         element=encoding.element,
         compressed=encoding.compressed,
+        scaling=scaling,
         attributes={**attributes, **scales},
     )
 

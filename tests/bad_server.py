@@ -101,6 +101,15 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(200, completion(f"answer to {question}"))
             case "length":
                 self.send(200, completion("cut sh", finish_reason="length"))
+            case "end" | "end1" if mode == "end" or is_first:
+                end = question.split()[1]
+                self.send(200, completion("part of an", finish_reason=None if end == "null" else end))
+            case "stopped":
+                answer = completion("half")
+                answer["choices"][0]["stop_reason"] = "###"
+                self.send(200, answer)
+            case "inline":
+                self.send(200, completion(question.partition(" ")[2]))
             case "empty":
                 self.send(200, completion(""))
             case "thinks":

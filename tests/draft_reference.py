@@ -166,6 +166,7 @@ def _add_block(
         total.slots.append(
             SimpleNamespace(
                 slot=slot, accept=accept, top1=int(draft.argmax()) == int(target.argmax()),
+                greedy=float(target[int(draft.argmax())]),
                 ce=-float(torch.log(draft[label].detach())), confidence=confidence,
             )
         )  # fmt: skip

@@ -45,12 +45,15 @@ def make_run(
     config: dict[str, Any] | None = None,
     num_parameters: int | None = 100,
     num_steps: int = 6,
+    sections: dict[str, dict[str, Any]] | None = None,
 ) -> Path:
     """A run's folder with everything that a report reads, where nothing was trained."""
     folder.mkdir(parents=True)
     run_dir = readable(str(folder))
     values = {"lr": 0.001, "seed": 0} | (config or {})
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    for section, table in (sections or {}).items():
+        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
     (folder / "config.toml").write_text("\n".join(["[train]", f"run_dir = {json.dumps(run_dir)}", *lines]) + "\n")
     rows = [
         {"kind": "train", "step": step, "loss": 3 / step, "seconds": 0.5, "lr": 1e-3}
@@ -80,6 +83,10 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.rows: list[list[str]] = []
         self.headline = ""
+        self.title = ""
+        self.facts: dict[str, str] = {}
+        self.text = ""
+        """All that is read, with the alternative texts of images."""
         self._open: list[str] = []
         self.feed(file.read_text(encoding="utf-8"))
         self.close()
@@ -87,6 +94,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        self.text += dict(attrs).get("alt") or ""
         if tag in {"meta", "img", "br", "wbr"}:
             return
         self._open.append(tag)
@@ -101,6 +109,15 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._open[-1:] == ["p"] and next(t for t in self.tags[::-1] if t[0] == "p") == ("p", {"class": "headline"}):
             self.headline += data
+        if self._open[-1:] == ["dt"]:
+            self._name = data
+            self.facts[data] = ""
+        if self._open[-1:] == ["dd"]:
+            self.facts[self._name] += data
+        if self._open[-1:] == ["title"]:
+            self.title += data
+        if self._open[-1:] != ["style"]:
+            self.text += data
         if {"td", "th"} & set(self._open):
             self.rows[-1][-1] += data
 

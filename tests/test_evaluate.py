@@ -37,6 +37,7 @@ class Scores:
     slot: np.ndarray
     accept_rate: np.ndarray
     top1_agree: np.ndarray
+    greedy_accept_rate: np.ndarray
     cross_entropy: np.ndarray
     confidence: np.ndarray | None
 
@@ -45,14 +46,16 @@ def make_scores(lengths: list[int], rng: np.random.Generator, *, confidence: boo
     """One sample whose blocks have that many supervised slots each."""
     slot = np.concatenate([np.arange(length) for length in lengths]) if lengths else np.empty(0, int)
     count = len(slot)
+    accept_rate = rng.random(count)
     return Scores(
         row=np.zeros(count, int),
         anchor=np.repeat(np.arange(len(lengths)), lengths),
         slot=slot,
-        accept_rate=rng.random(count),
+        accept_rate=accept_rate,
         top1_agree=rng.random(count) < 0.5,
         cross_entropy=rng.random(count) * 3,
         confidence=rng.random(count) if confidence else None,
+        greedy_accept_rate=(7919 * accept_rate) % 1,  # another number between 0 and 1
     )
 
 
@@ -67,12 +70,17 @@ def test_metrics_equal_a_brute_force_loop(samples: list[list[int]], seed: int) -
         return
     result = evaluate_scores(batches, block_size=K)
     taus, per_slot, agree, entropy = [], [[] for _ in range(K)], [], []
+    greedy_taus, greedy_per_slot = [], [[] for _ in range(K)]
     reached, survived = [0.0] * K, [[] for _ in range(K)]
     for (_, scores), lengths in zip(batches, samples, strict=True):
         position = 0
         for length in lengths:
             survival, tau = 1.0, 1.0
+            greedy_survival, greedy_tau = 1.0, 1.0
             for slot in range(length):
+                greedy_per_slot[slot].append(float(scores.greedy_accept_rate[position]))
+                greedy_survival *= greedy_per_slot[slot][-1]
+                greedy_tau += greedy_survival
                 accept = float(scores.accept_rate[position])
                 reached[slot] += survival
                 survival *= accept
@@ -83,7 +91,11 @@ def test_metrics_equal_a_brute_force_loop(samples: list[list[int]], seed: int) -
                 entropy.append(float(scores.cross_entropy[position]))
                 position += 1
             taus.append(tau)
+            greedy_taus.append(greedy_tau)
     assert result.tau == pytest.approx(sum(taus) / len(taus))
+    assert result.tau_greedy == pytest.approx(sum(greedy_taus) / len(greedy_taus))
+    expected = [sum(rates) / len(rates) if rates else 0.0 for rates in greedy_per_slot]
+    assert result.greedy_accept_rate_per_pos == pytest.approx(expected)
     expected = [sum(rates) / len(rates) if rates else 0.0 for rates in per_slot]
     assert result.accept_rate_per_pos == pytest.approx(expected)
     assert result.num_blocks_per_pos == tuple(map(len, per_slot))
@@ -208,16 +220,22 @@ def test_no_confidence_head_gives_no_calibration() -> None:
     assert evaluate_scores([(0, scores)], block_size=K).confidence_ece is None
 
 
-def test_a_real_draft_scored_twice_and_against_the_definition(tmp_path: Path) -> None:
-    """tau of a trained draft equals the one computed from its logits, block by block, without the module."""
-    config = make_config(tmp_path, train__max_steps=3, draft__markov_rank=0, draft__enable_confidence_head=False)
+@pytest.mark.parametrize("markov_rank", [0, 8])
+def test_a_real_draft_scored_twice_and_against_the_definition(tmp_path: Path, markov_rank: int) -> None:
+    """Both taus of a trained draft equal those computed from its logits, block by block, without the module.
+
+    The Markov head's bias comes from the data's token before the slot, whatever the draft proposed there.
+    """
+    config = make_config(
+        tmp_path, train__max_steps=3, draft__markov_rank=markov_rank, draft__enable_confidence_head=False
+    )
     extract(settings_of(config))
     draft_dir = train_draft(config).draft_dir
     result = evaluate_draft(config, draft_dir=draft_dir)
     assert result == evaluate_draft(config, draft_dir=draft_dir), "the anchors are fixed"
     model = Qwen3DSparkModel.from_pretrained(draft_dir).eval()
     reader = open_cache(config, layers=None)
-    taus, rates = [], []
+    taus, greedy_taus, rates = [], [], []
     for index in reader.split_indices("validation"):
         sample = reader[index]
         anchors = choose_anchors(sample.loss_mask, 4, seed=0, epoch=0, sample_id=sample.sample_id)
@@ -227,10 +245,17 @@ def test_a_real_draft_scored_twice_and_against_the_definition(tmp_path: Path) ->
                 sample.hidden_states.reshape(1, sample.num_tokens, -1).float(),
                 anchors[None],
             )[0]
-            draft = (h_AKD @ model.lm_head.weight.T).softmax(-1)
+            logits = h_AKD @ model.lm_head.weight.T
+            if markov_rank:
+                tokens = sample.input_ids.long()
+                before = tokens[(anchors[:, None] + torch.arange(logits.shape[1])).clamp_max(len(tokens) - 1)]
+                w1, w2 = (getattr(model.markov_head, f"markov_w{number}").weight for number in (1, 2))
+                logits = logits + w1[before] @ w2.T
+            draft = logits.softmax(-1)
             target = (sample.last_hidden_states.float() @ model.lm_head.weight.T).softmax(-1)
         for block, anchor in enumerate(anchors.tolist()):
             survival, tau = 1.0, 1.0
+            greedy_survival, greedy_tau = 1.0, 1.0
             for slot in range(model.config.block_size):
                 position = anchor + slot + 1
                 if position >= sample.num_tokens or not sample.loss_mask[position]:
@@ -239,9 +264,14 @@ def test_a_real_draft_scored_twice_and_against_the_definition(tmp_path: Path) ->
                 rates.append(accept)
                 survival *= accept
                 tau += survival
+                greedy_survival *= float(target[position - 1][draft[block, slot].argmax()])
+                greedy_tau += greedy_survival
             taus.append(tau)
+            greedy_taus.append(greedy_tau)
     assert result.num_slots == len(rates)
     assert result.tau == pytest.approx(np.mean(taus), rel=1e-4)
+    assert result.tau_greedy == pytest.approx(np.mean(greedy_taus), rel=1e-4)
+    assert result.tau_greedy != pytest.approx(result.tau, rel=1e-3), "two quantities"
 
 
 def test_a_missing_draft_is_named(tmp_path: Path) -> None:

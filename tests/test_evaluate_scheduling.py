@@ -4,7 +4,9 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from stages.evaluate.calibration import (
     ERROR_SEED,
     TEMPERATURES,
     Origin,
+    calibrate,
+    few_slots,
     fit_temperatures,
     read_calibration,
     scale_confidence,
@@ -30,7 +34,7 @@ from stages.evaluate.outlook import CONCURRENCIES, schedule_steps, simulate
 from stages.evaluate.records import EvaluationError
 from stages.evaluate.reliability import CALIBRATION_BINS, calibration_error
 from stages.evaluate.thresholds import THRESHOLDS, trace_thresholds
-from stages.evaluate.throughput import ThroughputTable, assumed_table, read_throughput_table
+from stages.evaluate.throughput import Throughput, ThroughputTable, assumed_table, read_throughput_table
 from test_evaluate import make_scores
 
 K = 3
@@ -58,6 +62,7 @@ def make_blocks(
         length=length,
         accept=accept * supervised,
         top1=supervised.astype(float),
+        greedy_accept=accept * supervised,
         cross_entropy=rng.random(accept.shape) * supervised,
         confidence=scale_confidence(odds / (1 + odds), 1 / temperature) * supervised,
     )
@@ -84,9 +89,12 @@ def looped_error(pairs: list[tuple[float, float]]) -> float:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_temperatures_equal_a_plain_search(seed: int, temperature: float) -> None:
-    blocks = make_blocks(60, np.random.default_rng(seed), temperature=temperature, noise=1.0)
+@pytest.mark.parametrize(("seed", "num_samples"), [(0, 10), (1, 10), (0, 60), (1, 60)])
+def test_temperatures_equal_a_plain_search(seed: int, num_samples: int, temperature: float) -> None:
+    """Of few samples, a temperature leaves 1 only for a fall of the error by two standard errors of that fall."""
+    blocks = make_blocks(
+        3 * num_samples + 30, np.random.default_rng(seed), num_samples=num_samples, temperature=temperature, noise=1.0
+    )
     rows = rows_of(blocks)
     found: list[float] = []
     smallest: list[float] = []
@@ -104,15 +112,26 @@ def test_temperatures_equal_a_plain_search(seed: int, temperature: float) -> Non
         errors = {t: looped_error([predict(row, t) for _, row in own]) for t in TEMPERATURES.tolist()}
         best = min(errors, key=errors.__getitem__)
         names = sorted({sample for sample, _ in own})
-        generator, drawn_errors = np.random.default_rng(ERROR_SEED), []
-        for _ in range(ERROR_ROUNDS):
-            drawn = [names[i] for i in generator.integers(len(names), size=len(names))]
-            drawn_errors.append(
-                looped_error([predict(row, best) for name in drawn for sample, row in own if sample == name])
-            )
-        limit = errors[best] + float(np.std(drawn_errors))
+
+        def draw_errors(
+            last: float, own: list[Any] = own, names: list[int] = names, predict: Any = predict
+        ) -> np.ndarray:
+            generator, drawn_errors = np.random.default_rng(ERROR_SEED), []
+            pairs = {name: [predict(row, last) for sample, row in own if sample == name] for name in names}
+            for _ in range(ERROR_ROUNDS):
+                drawn = [names[i] for i in generator.integers(len(names), size=len(names))]
+                drawn_errors.append(looped_error([pair for name in drawn for pair in pairs[name]]))
+            return np.array(drawn_errors)
+
+        limit = errors[best] + float(np.std(draw_errors(best)))
         smallest.append(best)
-        found.append(min((t for t in errors if errors[t] <= limit), key=lambda t: abs(math.log(t))))
+        chosen = min((t for t in errors if errors[t] <= limit), key=lambda t: abs(math.log(t)))
+        if len(names) < 30 and chosen != 1:
+            noise = float(np.std(draw_errors(1.0) - draw_errors(chosen), ddof=0)) * math.sqrt(
+                len(names) / (len(names) - 1)
+            )
+            chosen = chosen if errors[1.0] - errors[chosen] > 2 * noise else 1.0
+        found.append(chosen)
     assert fit_temperatures(blocks) == pytest.approx(found)
     assert found != smallest, "the tolerance has something to say here"
 
@@ -128,6 +147,43 @@ def test_a_known_temperature_is_found_and_the_error_falls_on_the_other_half(temp
     before = calibration_error(measured.confidence[own], measured.accept[own])
     after = calibration_error(scale_confidence(measured.confidence, temperatures)[own], measured.accept[own])
     assert after < 0.1 * before
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 5, 12])
+def test_few_conversations_leave_a_sound_confidence_alone(num_samples: int) -> None:
+    """Right confidences, two blocks of each conversation: whatever the error of so few says is chance."""
+    moved = 0
+    for seed in range(10):
+        blocks = make_blocks(2 * num_samples, np.random.default_rng(seed), num_samples=num_samples, noise=1.0)
+        fair = replace(blocks, confidence=blocks.accept)  # its errors are 0, so that it moves by chance alone
+        assert fit_temperatures(fair) == (1.0,) * K
+        moved += sum(temperature != 1 for temperature in fit_temperatures(blocks))
+    assert moved <= 0.2 * 10 * K
+    assert num_samples > 1 or not moved, "of one conversation no noise is known"
+
+
+def test_few_conversations_move_a_confidence_that_is_clearly_wrong() -> None:
+    """Six conversations of a hundred blocks; and the same blocks as one conversation, whose noise is not known."""
+    blocks = make_blocks(600, np.random.default_rng(0), num_samples=6, temperature=2.0)
+    assert fit_temperatures(blocks) == pytest.approx([2.0] * K, rel=0.15)
+    assert few_slots(blocks) == [0, 1, 2]
+    alone = replace(blocks, sample=np.zeros(len(blocks), int), num_samples=1)
+    assert fit_temperatures(alone) == (1.0,) * K
+
+
+def test_a_calibration_says_where_few_conversations_kept_it() -> None:
+    rng = np.random.default_rng(0)
+    fitted = make_blocks(300, rng, num_samples=40)
+    measured = make_blocks(20, rng)
+    late = fitted.sample < np.unique(fitted.sample)[10]  # the last slot is left to ten conversations
+    fitted = replace(fitted, length=np.where(late, fitted.length, np.minimum(fitted.length, K - 1)))
+    calibration = calibrate(fitted, measured, origin=ORIGIN)
+    assert len(np.unique(fitted.sample)) == 40
+    assert calibration.temperatures == (1.0,) * K
+    assert calibration.kept_slots == (K - 1,)
+    evaluation = evaluate(60)
+    assert evaluation.scheduling is not None
+    assert evaluation.scheduling.calibration.kept_slots == ()
 
 
 def test_a_confidence_that_is_right_keeps_its_temperature() -> None:
@@ -360,15 +416,86 @@ def test_a_wrong_throughput_table_is_refused(tmp_path: Path, text: str | None, m
     assert str(file) in str(caught.value)
 
 
+DIAGONAL = {"sample_batch_tokens": [8, 16, 32], "sample_steps_per_sec": [100.0, 95, 50.5], "max_batch_tokens": 64}
+ADDITIVE = {
+    "bias_seconds": 0.01, "bs_probes": [1, 4], "alpha_seconds": [0.0, 0.003],
+    "m_probes": [8, 16, 32], "theta_seconds": [0.0, 0.002, 0.01],
+}  # fmt: skip
+
+
+def test_the_cost_table_of_sglang_s_profiler_is_read(tmp_path: Path) -> None:
+    """As `sglang.benchmark.dspark_sps_profiler` of SGLang 0.5.23 writes it; what lies past the samples is not known."""
+    file = tmp_path / "dspark_sps.json"
+    file.write_text(json.dumps(DIAGONAL, separators=(",", ":")))
+    table = read_throughput_table(file, least_tokens=8)
+    assert table.steps_at(np.array([1, 8, 12, 32]), num_requests=4).tolist() == [100.0, 100.0, 97.5, 50.5]
+    assert table.label == f"throughput of {file}"
+    assert table.has(num_requests=4, num_tokens=32)
+    assert not table.has(num_requests=4, num_tokens=33)
+    with pytest.raises(SettingError, match="ends at 32 tokens"):
+        read_throughput_table(file, least_tokens=33)
+
+
+def test_the_cost_table_of_requests_and_tokens_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "dspark_sps.json"
+    file.write_text(json.dumps(ADDITIVE, indent=1))
+    table = read_throughput_table(file, least_tokens=8)
+    # seconds: 0.01 + alpha(requests) + theta(tokens), both on straight lines and flat before the first probe
+    assert table.steps_at(np.array([2, 8, 12, 32]), num_requests=1) == pytest.approx(
+        [1 / 0.01, 1 / 0.01, 1 / 0.011, 1 / 0.02]
+    )
+    assert table.steps_at(np.array([16, 24]), num_requests=3) == pytest.approx([1 / 0.014, 1 / 0.018])
+    blocks = make_blocks(20, np.random.default_rng(0))
+    assert blocks.confidence is not None
+    found = simulate(blocks.confidence, blocks.confidence, blocks, table)
+    assert [row.num_requests for row in found.concurrencies] == [1, 2, 4], "no more than 4 requests were measured"
+    alone = found.concurrencies[2].fixed[0]
+    assert (alone.tokens_per_second, alone.emitted) == (pytest.approx(4 / 0.013), 1.0)
+    assert schedule_steps(np.array([[[0.9, 0.05, 0.01]]]), np.array([[3]]), table).tolist() == [[3]], "all are free"
+    evaluation = evaluate(4, table=table)
+    write_evaluation(tmp_path / "evaluation.json", evaluation)
+    assert read_evaluation(tmp_path / "evaluation.json") == evaluation
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (DIAGONAL | {"max_batch_tokens": 16}, "max_batch_tokens: expected at least the largest sample, got 16"),
+        (DIAGONAL | {"sample_batch_tokens": [8, 8, 16]}, "each greater than the one before"),
+        (DIAGONAL | {"sample_steps_per_sec": [100.0, 95.0]}, "at least two rows"),
+        (DIAGONAL | {"sample_steps_per_sec": [100.0, 95.0, "x"]}, "sample_steps_per_sec.2"),
+        (DIAGONAL | {"sample_batch_tokens": [8.5, 16, 32]}, "sample_batch_tokens.0"),
+        (
+            {"sample_batch_tokens": [1], "sample_steps_per_sec": [1.0], "max_batch_tokens": 99},
+            "expected at least two rows",
+        ),
+        ({"sample_batch_tokens": [8, 16]}, "sample_steps_per_sec: Field required"),
+        (DIAGONAL | {"theta": 1}, "theta: Extra inputs are not permitted"),
+        (ADDITIVE | {"bias_seconds": 0.0}, "bias_seconds: expected more than 0"),
+        (ADDITIVE | {"bs_probes": [4, 1]}, "requests: expected whole numbers from 1 up"),
+        (ADDITIVE | {"alpha_seconds": []}, "requests: expected as many seconds as numbers"),
+        (ADDITIVE | {"theta_seconds": [0.0, -0.02, 0.0]}, "seconds of a step: expected 1e-09 to 1e+06, got -0.01"),
+        ("{", "Invalid JSON"),
+        ('{"bias_seconds": NaN}', "bias_seconds"),
+    ],
+)
+def test_a_wrong_cost_table_is_refused(tmp_path: Path, fields: object, message: str) -> None:
+    file = tmp_path / "table.json"
+    file.write_text(fields if isinstance(fields, str) else json.dumps(fields))
+    with pytest.raises(SettingError, match=re.escape(message)) as caught:
+        read_throughput_table(file, least_tokens=2)
+    assert str(file) in str(caught.value)
+
+
 def test_a_folder_is_no_throughput_table(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=re.escape(f"{tmp_path}: cannot be read: Is a directory")):
         read_throughput_table(tmp_path, least_tokens=2)
 
 
-def evaluate(num_samples: int = 4, *, confidence: bool = True) -> Evaluation:
+def evaluate(num_samples: int = 4, *, confidence: bool = True, table: Throughput | None = None) -> Evaluation:
     rng = np.random.default_rng(0)
     batches = [(index * 2, make_scores([2, 3, 1], rng, confidence=confidence)) for index in range(num_samples)]
-    return evaluate_fully(batches, block_size=K, origin=ORIGIN, table=assumed_table())
+    return evaluate_fully(batches, block_size=K, origin=ORIGIN, table=table or assumed_table())
 
 
 def test_an_evaluation_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -408,8 +535,9 @@ def change(fields: dict[str, object], **changes: object) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": "drop"}, "expected format_version 1, got no format_version; run dspark evaluate again"),
-        ({"format_version": 2}, "expected format_version 1, got format_version 2"),
+        ({"format_version": "drop"}, "expected format_version 2, got no format_version; run dspark evaluate again"),
+        ({"format_version": 3}, "expected format_version 2, got format_version 3"),
+        ({"format_version": 1, "tau": "drop"}, "tau: Field required"),
         ({"format_version": True}, "got format_version True"),
         ({"tau": "drop"}, "tau: Field required"),
         ({"tau": "1.5"}, "tau: Input should be a valid number"),
@@ -426,12 +554,44 @@ def test_another_form_of_evaluation_is_refused(tmp_path: Path, changes: dict[str
     assert "dspark evaluate" in str(caught.value)
 
 
+def test_files_of_version_1_are_read_without_what_they_did_not_know(tmp_path: Path) -> None:
+    evaluation = evaluate()
+    fields = evaluation.to_json()
+    new = {"tau_greedy", "tau_greedy_low", "tau_greedy_high", "greedy_accept_rate_per_pos"}
+    new |= {"weights_digest", "computed_in"}
+    old = {name: value for name, value in fields.items() if name not in new} | {"format_version": 1}
+    old["scheduling"]["calibration"]["format_version"] = 1
+    del old["scheduling"]["calibration"]["kept_slots"]
+    (tmp_path / "evaluation.json").write_text(json.dumps(old))
+    (tmp_path / CALIBRATION_FILE).write_text(json.dumps(old["scheduling"]["calibration"]))
+    found = read_evaluation(tmp_path / "evaluation.json")
+    assert evaluation.scheduling is not None
+    kept = evaluation.scheduling.calibration.model_copy(update={"kept_slots": ()})
+    scheduling = evaluation.scheduling.model_copy(update={"calibration": kept})
+    assert found == evaluation.model_copy(update=dict.fromkeys(new) | {"scheduling": scheduling})
+    assert read_calibration(tmp_path) == kept
+    for broken in ({"scheduling": 3}, {"scheduling": {"calibration": []}}):
+        (tmp_path / "evaluation.json").write_text(json.dumps(old | broken))
+        with pytest.raises(EvaluationError, match="scheduling"):
+            read_evaluation(tmp_path / "evaluation.json")
+
+
 @pytest.mark.parametrize("text", [None, "", "[]", "{", '"x"', "[" * 100_000])
 def test_a_missing_or_damaged_file_is_refused(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / CALIBRATION_FILE).write_text(text)
     with pytest.raises(EvaluationError, match="dspark evaluate"):
         read_calibration(tmp_path)
+
+
+def test_sglang_reads_the_calibration_as_it_is() -> None:
+    """Its reader (0.5.23) takes `temperatures`, passes over fields that it does not know, and has a few of its own."""
+    scheduling = evaluate().scheduling
+    assert scheduling is not None
+    fields = scheduling.calibration.model_dump(mode="json")
+    assert [type(temperature) for temperature in fields["temperatures"]] == [float] * K
+    assert min(fields["temperatures"]) > 0
+    assert fields.keys().isdisjoint({"dataset", "num_samples", "ece_before", "ece_after"})
 
 
 def test_a_calibration_with_a_wrong_temperature_is_refused(tmp_path: Path) -> None:

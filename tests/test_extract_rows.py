@@ -113,7 +113,7 @@ def test_content_parts_and_tool_turns() -> None:
     assert isinstance(chat, Chat)
     assert [message["role"] for message in chat.messages] == ["user", "assistant", "tool"]
     assert chat.messages[0]["content"] == "ab"
-    assert chat.messages[1]["tool_calls"] == call["tool_calls"]
+    assert chat.messages[1]["tool_calls"] == [{"function": {"name": "f", "arguments": {}}}]
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,15 @@ def test_the_whole_way(config_file: Path) -> None:
     assert "tokens a sample" in dspark("inspect", folder / "cache").output
 
 
+def test_the_resolved_config_is_printed_where_it_is_asked_for(config_file: Path) -> None:
+    assert "[objective]" not in dspark("estimate", config_file).output
+    shown = dspark("estimate", config_file, "--show-config", "--set", "train.seed=77").output
+    assert "[objective]" in shown
+    assert "seed = 77" in shown
+    refused = dspark("train", config_file, "--set", "cache.path='/nonexistent/cache'", ok=False).output
+    assert len(refused.splitlines()) < 10
+
+
 def test_training_takes_a_cache_of_any_shard_size(config_file: Path) -> None:
     dspark("train", "--extract", config_file)
     run = config_file.parent / "other-shards"
@@ -201,6 +210,7 @@ def test_every_dspark_command_of_the_readme_runs(command: str, config_file: Path
     command = command.replace("configs/mine.toml", str(config_file)).replace("caches/mine", str(folder / "cache"))
     command = command.replace("runs/mine", str(folder / "run")).replace("caches/copy", str(folder / "copy"))
     command = command.replace("/nvme/staging", str(folder / "staging"))
+    command = command.replace("data/answers", str(folder / "answers"))
     if "s3://" in command:
         command = command.replace("s3://bucket/mine", "memory://readme")
         dspark("push", folder / "cache", "memory://readme")

@@ -1,17 +1,24 @@
 """`dspark export` over a real run: both forms, the model card, and what must not be said."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
+from draft_reference import tiny_config
 from pipeline.cli import main
 from pipeline.config import to_toml
-from pipeline.model_card import is_hub_id
+from pipeline.model_card import ExportedDraft, is_hub_id, render_card
+from pipeline.run_facts import RunFacts
+from pipeline.serving_commands import ServedDraft, describe_serving
 from served_draft import load_served
+from stages.train.export import Form, ServedTarget
 from tiny_target import make_config
 
 
@@ -59,16 +66,21 @@ def test_the_card_says_what_the_run_knows(base: Path, run: Path, tmp_path: Path)
         "| optimizer steps | 3 |",
         "| states | bf16, from a target in bfloat16, at most 1,024 tokens |",
         "conversations, ", " tokens |", f"| measured on | {numbers['num_samples']} conversations, ",
-        "* `target` stands for the target's folder or hub id",
+        "`target` stands for the target's folder or hub id",
         f"| tau | {numbers['tau']:.3f} (95 % interval {numbers['tau_low']:.3f} to {numbers['tau_high']:.3f}) |",
         "| acceptance by slot | " + " ".join(f"{rate:.3f}" for rate in numbers["accept_rate_per_pos"]),
+        f"| tau, greedy draft | {numbers['tau_greedy']:.3f} (95 % interval {numbers['tau_greedy_low']:.3f} to ",
+        "| acceptance by slot, greedy draft | " + " ".join(f"{x:.3f}" for x in numbers["greedy_accept_rate_per_pos"]),
         "| target layers | -1, 1, 3 (k:", "| mask token id | 4080 |", "| block size | 4 |",
         "vllm serve target --speculative-config "
-        '\'{"method": "dspark", "model": "./out", "num_speculative_tokens": 4}\'',
-        "--speculative-algorithm DSPARK", "decoding_type: DSpark", "None of these commands was run",
+        '\'{"method": "dspark", "model": "./out", "num_speculative_tokens": 4, '
+        '"draft_sample_method": "probabilistic"}\'',
+        "decoding_type: DSpark", "max_draft_len: 4\n", "`max_draft_len` must be 4",
+        "None of these commands was run with this draft", "It cannot be loaded by SGLang (refuses -1, ",
         "## Licence\n\nNot stated.",
     ):  # fmt: skip
         assert expected in card, expected
+    assert "sglang.launch_server" not in card, "the draft sees the embeddings"
     assert str(base) not in card, "a path of this machine"
     assert str(tmp_path) not in card
     load_served(tmp_path / "out")
@@ -117,7 +129,9 @@ def test_the_speculators_form(base: Path, run: Path, tmp_path: Path) -> None:
     assert head["library_name"] == "speculators"
     assert "vllm serve Some-Org/Big-Model" in card
     assert "left out" in card
-    assert "speculators 0.9.0" in card
+    assert "speculators 0.9.0, which vLLM alone reads" in card
+    assert "loaded drafts of dspark-offline in this form unchanged" in card
+    assert not any(name in card for name in ("launch_server", "trtllm-serve", "convert_hf_to_gguf"))
     assert "stands for the target's folder" not in card
     result = dspark("export", run / "draft", tmp_path / "own", *arguments)
     assert result.exit_code == 0
@@ -157,6 +171,17 @@ def test_metrics_are_those_of_the_exported_weights(run: Path, tmp_path: Path) ->
     shutil.rmtree(run / "draft")  # a run that is not finished: its evaluation is of something else
     assert dspark("export", run / "checkpoints" / "step_00000003", tmp_path / "open").exit_code == 0
     assert "| tau |" not in card_of(tmp_path / "open")[1]
+
+
+def test_an_evaluation_of_other_weights_is_not_shown(run: Path, tmp_path: Path) -> None:
+    """The run went on, and nobody measured again."""
+    weights = load_file(run / "draft" / "model.safetensors")
+    weights["fc.weight"] += 1
+    save_file(weights, run / "draft" / "model.safetensors", metadata={"format": "pt"})
+    result = dspark("export", run / "draft", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "was measured on other weights than those in" in result.output
+    assert "| tau |" not in card_of(tmp_path / "out")[1]
 
 
 def test_an_evaluation_may_say_more_and_must_not_be_broken(run: Path, tmp_path: Path) -> None:
@@ -230,6 +255,70 @@ def test_a_whole_export_is_a_draft_like_any_other(base: Path, run: Path, tmp_pat
     assert dspark("export", tmp_path / "out", tmp_path / "twice").exit_code == 0
     assert "| tau |" in card_of(tmp_path / "twice")[1]
     assert "exists already" in dspark("export", run / "draft", tmp_path / "out").output
+
+
+SCALED, CAPPED = "`markov_head.markov_w2` is written divided by it", "neither vLLM nor SGLang caps the draft's"
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "commands", "says"),
+    [
+        ("dspark", {}, {"vllm", "sglang", "trtllm", "llama"}, "their readers fit the files"),
+        ("dspark", {"markov_head_type": "gated"}, {"sglang"}, "vLLM (vanilla Markov heads only, this is `gated`)"),
+        ("dspark", {"markov_head_type": "rnn"}, {"sglang"}, "TensorRT-LLM (vanilla Markov heads only, this is `rnn`)"),
+        ("dspark", {"markov_rank": 0}, {"vllm", "sglang", "trtllm", "llama"}, "rank 1 whose weights are zero"),
+        ("dspark", {"target_layer_ids": [-1, 3]}, {"vllm", "trtllm", "llama"}, "SGLang (refuses -1"),
+        ("dspark", {"target_layer_ids": [0, 5]}, {"vllm", "trtllm", "llama"}, "SGLang (cannot capture the output of"),
+        ("dspark", {"target_layer_ids": [-1, 3], "markov_head_type": "rnn"}, set(), "No server that is known loads"),
+        ("dspark", {"enable_confidence_head": False}, {"vllm", "sglang", "trtllm", "llama"}, "No confidence head: SG"),
+        ("speculators", {}, {"vllm"}, "export with `--format dspark`"),
+        ("speculators", {"markov_head_type": "gated"}, set(), "export with `--format dspark`"),
+        ("dspark", {"logit_scale": 0.5}, {"vllm", "sglang", "trtllm", "llama"}, SCALED),
+        ("dspark", {"final_logit_softcapping": 30.0}, {"vllm", "sglang", "trtllm", "llama"}, CAPPED),
+        (
+            "dspark", {"final_logit_softcapping": 30.0, "logit_scale": 0.5}, {"vllm", "sglang", "trtllm", "llama"},
+            "scales by 0.5 (vLLM: the Markov bias too, SGLang: neither) and caps its logits at 30;",
+        ),
+    ],
+)  # fmt: skip
+def test_the_card_offers_the_commands_of_servers_that_take_the_draft(
+    form: Form, changes: dict[str, Any], commands: set[str], says: str
+) -> None:
+    of_target = {name: changes.pop(name) for name in [*changes] if name in ("logit_scale", "final_logit_softcapping")}
+    config = tiny_config(**changes)
+    for name, value in of_target.items():
+        setattr(config, name, value)
+    card = render_card(
+        ExportedDraft(
+            form=form, config=config, dtype="bfloat16", with_target_weights=True,
+            target=ServedTarget(name="some/target"), name="out",
+        ),
+        RunFacts(),
+    )  # fmt: skip
+    marks = {
+        "vllm": '"num_speculative_tokens": 3, "draft_sample_method": "probabilistic"}',
+        "sglang": "--speculative-draft-model-path ./out --speculative-dspark-block-size 3",
+        "trtllm": 'speculative_model: "./out"',
+        "llama": "convert_hf_to_gguf.py ./out --target-model-dir",
+    }
+    assert {name for name, mark in marks.items() if mark in card} == commands
+    assert says in card
+    assert (SCALED in card) == (of_target == {"logit_scale": 0.5})
+    assert ("No confidence head: SGLang" in card) == ("enable_confidence_head" in changes)
+    assert "CALIBRATION" not in card
+    assert "calibration.json" not in card, "none is there"
+
+
+def test_sglang_s_command_takes_the_calibration() -> None:
+    served = ServedDraft(
+        form="dspark", config=tiny_config(), target="some/target", folder="./my draft", has_calibration=True
+    )
+    (command,) = (part for part in describe_serving(served) if "confidence-sts-path" in part)
+    words = shlex.split(command.strip("`"))
+    assert words[0] == "SGLANG_RAGGED_VERIFY_MODE=compact"
+    assert words[words.index("--speculative-dspark-confidence-sts-path") + 1] == "./my draft/calibration.json"
+    assert words[words.index("--speculative-draft-model-path") + 1] == "./my draft"
+    assert words[words.index("--speculative-dspark-sps-table-path") + 1] == "COST_TABLE.json"
 
 
 @pytest.mark.parametrize(

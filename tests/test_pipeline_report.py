@@ -21,6 +21,12 @@ from stages.evaluate.calibration import Origin
 from stages.train.metrics import read_metrics
 
 
+def assert_nothing_is_called_best(page: Page) -> None:
+    assert "best" not in page.text.lower().replace("best fixed length", "")
+    assert "ship" not in page.text.lower()
+    assert "compared" not in page.title
+
+
 def test_a_paired_difference_equals_a_plain_bootstrap() -> None:
     one, other = evaluate(gain=0.1), evaluate(gain=0.08, seed=3)
     found = paired_difference([one], [other])
@@ -87,7 +93,9 @@ def test_a_run_measured_on_fewer_conversations_is_not_held_against_the_others(tm
     )
     assert line in " ".join(result.output.split())
     assert line in re.sub("<[^>]*>", "", (tmp_path / "report.html").read_text())
-    assert [row[3] for row in page.rows[1:4]] == ["best", "not comparable", "not comparable"]
+    assert page.rows[0][:3] == ["run", "tau", "95 % interval"]
+    assert [row[0] for row in page.rows[1:4]] == ["weak", "good", "fair"]
+    assert_nothing_is_called_best(page)
     assert "ship this" not in (tmp_path / "report.html").read_text()
 
 
@@ -282,6 +290,63 @@ def test_folders_that_are_no_runs(arguments: list[str]) -> None:
     result = CliRunner().invoke(main, ["report", *arguments])
     assert result.exit_code != 0
     assert ("nowhere: no such run" if arguments else "Missing argument") in result.output
+
+
+def test_a_report_of_one_run_compares_nothing(tmp_path: Path) -> None:
+    config = {"target": {"model": "org/Big"}, "data": {"files": ["a.jsonl", "b/*.jsonl"]}}
+    folder = make_run(tmp_path / "only", evaluate(), sections=config)
+    os.utime(folder / "evaluation.json", (1_700_000_000, 1_700_000_000))  # 14 November 2023, 22:13 UTC
+    result = report(folder)
+    page = Page(folder / "report.html")
+    assert page.title == "Draft only"
+    assert_nothing_is_called_best(page)
+    assert "best" not in result.output
+    for name, values in (
+        ("target", "org/Big"), ("data", "a.jsonl, b/*.jsonl"), ("steps", "6"), ("block size", "3"),
+        ("measured on", "30 held-out conversations, 120 blocks"), ("date", "2023-11-14"),
+    ):  # fmt: skip
+        assert page.facts[name] == values
+    assert "Against no draft only gives +" in " ".join(result.output.split())
+    assert "Against no draft only gives +" in page.text
+
+
+def test_drafts_of_two_targets_are_not_compared(tmp_path: Path) -> None:
+    """Two drafts of each, whose own comparison would say who is the best of its target."""
+    for target, digest in (("org/Big", "1"), ("org/Small", "2")):
+        for name, gain in (("one", 0.1), ("two", 0.0)):
+            origin = Origin(cache_digest=digest * 64, num_anchors=4, seed=0)
+            found, sections = evaluate(gain=gain, origin=origin), {"target": {"model": target}}
+            make_run(tmp_path / f"{target[4:]}-{name}", found, config={"lr": gain}, sections=sections)
+    result = report(tmp_path)
+    page = Page(tmp_path / "report.html")
+    assert page.title == "Drafts"
+    assert page.headline.startswith("Drafts of different targets (org/Big, org/Small) are not compared")
+    assert page.facts["target"] == "org/Big, org/Small"
+    assert_nothing_is_called_best(page)
+    assert "best" not in result.output.lower()
+    own = read(tmp_path / "Big-one", tmp_path / "Big-two")
+    assert headline(own).startswith("Ship Big-one"), "of one target they are compared"
+
+
+def test_a_draft_without_gain_is_not_shipped(tmp_path: Path) -> None:
+    """Its tokens are hardly ever accepted, so that steps yield what they yield without it."""
+    useless = make_run(tmp_path / "first", evaluate(gain=-0.795))
+    worse = make_run(tmp_path / "second", evaluate(gain=-0.8))
+    comparison = read(useless, worse)
+    best = comparison.best
+    assert best is not None
+    assert best.is_useless
+    assert best.evaluation is not None
+    assert 1 < best.evaluation.tau < 1.01
+    assert comparison.choice is None
+    assert headline(comparison).endswith("but gains nothing against no draft.")
+    result = report(useless, worse)
+    page = Page(tmp_path / "report.html")
+    for text in (page.text, result.output):
+        assert "ship" not in text.lower()
+        assert "Against no draft first is not faster at any number of requests" in " ".join(text.split())
+    assert not read(make_run(tmp_path / "fair", evaluate(gain=0.1))).runs[0].is_useless
+    assert not read(make_run(tmp_path / "plain", evaluate(confidence=False))).runs[0].is_useless, "no outlook"
 
 
 @pytest.mark.parametrize("count", [0, 1])

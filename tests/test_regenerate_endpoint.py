@@ -231,6 +231,53 @@ def test_answers_of_no_use_are_dropped_and_never_asked_again(tmp_path: Path, ser
     assert seen.attempts().total() == 6
 
 
+@pytest.mark.parametrize("end", ["abort", "error", "null", "rubbish"])
+def test_an_end_that_is_none_is_asked_again(tmp_path: Path, server: tuple[str, Seen], end: str) -> None:
+    url, seen = server
+    counts = run(ask_for(tmp_path, [f"end1 {end}", f"end {end}", "fine c"]), url).manifest.counts
+    answers = read_answers(tmp_path / "out")
+    assert {row: messages[-1]["content"] for row, messages in answers.items()} == {
+        0: f"answer to end1 {end}", 2: "answer to fine c",
+    }  # fmt: skip
+    assert seen.attempts() == {f"end1 {end}": 2, f"end {end}": 3, "fine c": 1}, "max_retries is 2"
+    assert counts.failed == {"answer broken off": 1}
+    said = "None" if end == "null" else end
+    assert read_failures(tmp_path / "out")[1] == ("failed", f"answer broken off: finish_reason {said!r}")
+
+
+@pytest.mark.parametrize("end", ["stop", "eos", "eos_token", "STOP"])
+def test_known_ends_are_whole_answers(tmp_path: Path, server: tuple[str, Seen], end: str) -> None:
+    url, seen = server
+    counts = run(ask_for(tmp_path, [f"end {end}"]), url).manifest.counts
+    assert (counts.num_answered, counts.num_unfinished, counts.num_text) == (1, 0, 1)
+    assert seen.attempts().total() == 1
+
+
+def test_what_a_filter_or_a_stop_text_cut_is_no_whole_answer(tmp_path: Path, server: tuple[str, Seen]) -> None:
+    url, _ = server
+    counts = run(ask_for(tmp_path, ["end content_filter", "stopped b", "fine c"]), url).manifest.counts
+    assert counts.dropped == {"the server's filter cut the answer": 1, "the answer did not end within its tokens": 1}
+    assert counts.num_unfinished == 1
+
+
+THINKS = "inline Let me think.\n</think>\n\nfour"
+
+
+def test_thinking_within_an_answer_that_the_template_cuts_is_refused(tmp_path: Path, server: tuple[str, Seen]) -> None:
+    url, _ = server
+    config = ask_for(tmp_path, [THINKS])
+    template = tmp_path / "cuts.jinja"
+    plain = (TARGET_DIR / "chat_template.jinja").read_text()
+    template.write_text(plain.replace("{{ message['content'] +", "{{ message['content'].split('</think>')[-1] +"))
+    assert template.read_text() != plain
+    config = config.model_copy(update={"data": config.data.model_copy(update={"chat_template": template})})
+    with pytest.raises(RegenerationError, match=r"sends thinking before </think> in the answer.*leaves that out"):
+        run(config, url)
+    shown = config.model_copy(update={"data": config.data.model_copy(update={"chat_template": None})})
+    section = config.regenerate.model_copy(update={"path": tmp_path / "shown"})
+    assert run(shown.model_copy(update={"regenerate": section}), url).manifest.counts.num_answered == 1
+
+
 def test_truncated_answers_are_kept_on_demand(tmp_path: Path, server: tuple[str, Seen]) -> None:
     url, _ = server
     result = run(ask_for(tmp_path, ["length a"], truncated="keep"), url)
@@ -280,6 +327,7 @@ def test_what_a_request_says(tmp_path: Path, server: tuple[str, Seen]) -> None:
         "seed": seed_of(5, row=0, turn=0),
         "chat_template_kwargs": {"enable_thinking": False},
         "top_k": -1,
+        "return_token_ids": True,
     }
     assert [message["content"] for message in second["messages"]] == ["fine a", "answer to fine a", "fine b"]
     assert second["seed"] == seed_of(5, row=0, turn=1)

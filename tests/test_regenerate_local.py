@@ -1,10 +1,13 @@
 """The target in this process: what a plain loop says, whatever the batch and wherever it was interrupted."""
 
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from pipeline.embedded import TARGET_DIR
 from pipeline.stage_one import settings_of
 from stages.extract.run import extract
 from stages.extract.settings import ExtractSection
+from stages.regenerate import work
 from stages.regenerate.dialogue import Dialogue
 from stages.regenerate.local import LocalTarget, StopAskedError, answer_batch, plan_batches
 from stages.regenerate.prompts import Prompt, plan_prompt, seed_of
@@ -30,6 +34,7 @@ from stages.regeneration_record import RegenerationError, parse_manifest
 from tiny_target import make_chats, make_config, save_tiny_target, write_jsonl
 
 ROOT = Path(__file__).parent.parent
+CONVERSATIONS = "conversations-00000.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +62,21 @@ def make_prompts(count: int = 9) -> list[Prompt]:
 
 
 def answer_plainly(target: LocalTarget, prompt: Prompt) -> list[str]:
-    """One row alone, one token at a time, without a cache: the texts of its turns."""
+    """The texts of a row's turns."""
+    return [text for text, _, _ in say_plainly(target, prompt)]
+
+
+def say_plainly(target: LocalTarget, prompt: Prompt) -> list[tuple[str, list[int], list[int]]]:
+    """One row alone, one token at a time, without a cache: text, prompt and new tokens of its turns."""
     section = target.section
     messages: list[dict[str, Any]] = []
-    texts = []
+    turns: list[tuple[str, list[int], list[int]]] = []
     for message in prompt.messages:
         if message is not None:
             messages.append(message)
             continue
         ids = target.renderer(messages, tools=None)
-        seed = seed_of(section.seed, row=prompt.row, turn=len(texts))
+        seed = seed_of(section.seed, row=prompt.row, turn=len(turns))
         uniforms = torch.rand(
             section.max_tokens or 0, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
         )
@@ -80,9 +90,9 @@ def answer_plainly(target: LocalTarget, prompt: Prompt) -> list[str]:
         text = target.renderer.decode([token for token in new if token not in target.end_ids])
         if not text.strip():
             break
-        texts.append(text)
-        messages.append({"role": "assistant", "content": texts[-1]})
-    return texts
+        turns.append((text, ids, new))
+        messages.append({"role": "assistant", "content": text})
+    return turns
 
 
 def sample_plainly(logits: torch.Tensor, uniform: float, *, temperature: float, top_p: float) -> int:
@@ -122,6 +132,31 @@ def test_batches_say_what_a_plain_loop_says(tiny: Any, temperature: float, top_p
     assert answer(target, prompts) == expected
     assert answer(target, prompts[::-2]) == expected[::-2]
     assert len({len(text) for texts in expected for text in texts}) > 3, "answers of different lengths"
+
+
+def test_rows_hold_the_sampled_tokens_behind_what_was_shown(tiny: Any) -> None:
+    target, prompts = make_target(tiny), make_prompts()
+    dialogues = [Dialogue(prompt, keep_truncated=True) for prompt in prompts]
+    answer_batch(target, dialogues, is_stopped=lambda: False)
+    num_turns = num_retokenised = num_cut = 0
+    for prompt, dialogue in zip(prompts, dialogues, strict=True):
+        turns = say_plainly(target, prompt)
+        outcome = dialogue.outcome()
+        found = [(row.input_ids or [], row.loss_mask or []) for row in outcome.rows]
+        assert not outcome.has_text
+        for text, shown, new in turns:
+            holders = [ids for ids, mask in found if is_supervised(ids, mask, shown=shown, new=new)]
+            assert len(holders) == 1, "each turn is supervised once"
+            num_retokenised += target.renderer.encode(text) != [token for token in new if token not in target.end_ids]
+            num_cut += new[-1] not in target.end_ids
+        assert sum(sum(mask) for _, mask in found) == sum(len(new) for _, _, new in turns), "and nothing else is"
+        num_turns += len(turns)
+    assert min(num_retokenised, num_cut, num_turns - num_cut) > 0
+
+
+def is_supervised(ids: list[int], mask: list[int], *, shown: list[int], new: list[int]) -> bool:
+    end = len(shown) + len(new)
+    return ids[:end] == shown + new and all(mask[len(shown) : end]) and not any(mask[end : end + 1])
 
 
 def test_seeds_change_what_is_said(tiny: Any) -> None:
@@ -198,8 +233,8 @@ def make_run(folder: Path, num_chats: int = 24, **section: Any) -> Config:
     return config.model_copy(update={"regenerate": RegenerateSection(**fields)})
 
 
-def run(config: Config) -> Any:
-    return regeneration.regenerate(config, endpoint=None, is_local=True)
+def run(config: Config, *, is_stopped: Callable[[], bool] | None = None) -> Any:
+    return regeneration.regenerate(config, endpoint=None, is_local=True, is_stopped=is_stopped)
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -276,7 +311,65 @@ def test_rows_that_hold_no_conversation_are_counted(tmp_path: Path) -> None:
     lenient = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_fraction": 0.5})})
     result = run(lenient)
     answered = read_rows(result.folder / "conversations-00000.jsonl")
-    assert [row["row"] for row in answered] == [0, 1, 2, 4]
+    assert sorted({row["row"] for row in answered}) == [0, 1, 2, 4]
+
+
+KILLED_AT_ITS_START = """
+import os, signal, sys
+from pathlib import Path
+from stages.regenerate import publish
+from stages.regeneration_record import parse_manifest
+publish.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+folder = Path(sys.argv[1])
+publish.prepare_folder(folder, parse_manifest(Path(sys.argv[2]).read_bytes(), where=""))
+"""
+
+
+def test_a_folder_of_a_run_that_was_killed_at_its_start_is_taken(undisturbed: Config, tmp_path: Path) -> None:
+    assert undisturbed.regenerate.path is not None
+    manifest = undisturbed.regenerate.path / "regeneration.json"
+    command = [sys.executable, "-c", KILLED_AT_ITS_START, str(tmp_path / "out"), str(manifest)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    left = [file.name for file in (tmp_path / "out").iterdir() if file.is_file()]
+    assert len(left) == 1
+    assert left[0].endswith("-regeneration.json")
+    assert run(with_path(undisturbed, tmp_path / "out")).num_open == 0
+    assert read_outputs(tmp_path / "out") == read_outputs(undisturbed.regenerate.path)
+
+
+def test_a_stop_keeps_what_is_finished_in_the_batch(undisturbed: Config, tmp_path: Path) -> None:
+    """One batch of all rows, stopped in the middle of an answer; the rest has the bytes of an undisturbed run."""
+    whole = make_run(tmp_path / "whole", num_chats=12, batch_size=12, max_tokens=40)
+    run(whole)
+    config = with_path(whole, tmp_path / "out")
+    asked: list[int] = []
+
+    def is_stopped() -> bool:
+        asked.append(1)
+        return len(asked) > 45  # once before the batch, then once a token
+
+    stopped = run(config, is_stopped=is_stopped)
+    assert 0 < stopped.num_recorded < 12
+    result = run(config)
+    assert result.num_recorded == 12 - stopped.num_recorded
+    assert read_outputs(tmp_path / "out") == read_outputs(tmp_path / "whole" / "out")
+
+
+def test_a_line_of_progress_within_a_batch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "PROGRESS_SECONDS", 0.0)
+    caplog.set_level("INFO")
+    run(make_run(tmp_path, num_chats=4, batch_size=4, max_tokens=8))
+    lines = [record.getMessage() for record in caplog.records if "tokens/s" in record.getMessage()]
+    tokens = [int(line.split(" tokens ")[0].split()[-1]) for line in lines]
+    cut = [int(line.split("cut")[1].split()[0]) for line in lines]
+    assert tokens[:7] == [4 * step for step in range(1, 8)], "four rows, a line each token"
+    assert "left unknown" in lines[0]
+    assert re.search(r"left +\d+\.\d\d h", lines[-1])
+    assert tokens == sorted(tokens)
+    assert cut == sorted(cut)
+    assert cut[-1] == json.loads((tmp_path / "out" / "regeneration.json").read_text())["counts"]["num_unfinished"] > 0
 
 
 def start(config: Config, folder: Path) -> subprocess.Popen[str]:
@@ -327,7 +420,7 @@ def test_extraction_reads_the_answers_and_says_what_made_them(
     assert said.startswith("1 of 1 files: [{")
     assert '"temperature": 1.0' in said
     assert '"backend": "local"' in said
-    assert result.plan.manifest.plan.num_samples == 24
+    assert result.plan.manifest.plan.num_samples == len(read_rows(undisturbed.regenerate.path / CONVERSATIONS))
     assert "not made by this target" not in caplog.text
     other = save_tiny_target(tmp_path / "other", seed=1)
     target = config.target.model_copy(update={"model": str(other)})
@@ -346,6 +439,11 @@ def test_a_warning_where_only_last_turns_are_the_targets(tmp_path: Path, caplog:
     assert all(new[-1] != old[-1] for new, old in zip(rows, recorded, strict=True))
     data = config.data.model_copy(update={"files": files, "min_supervised_tokens": 2})
     extract(settings_of(config.model_copy(update={"data": data})))
+    assert "supervise" not in caplog.text, "the rows' own masks cover the answers alone"
+    text = result.manifest.model_copy(update={"counts": result.manifest.counts.model_copy(update={"num_text": 4})})
+    write_manifest(result.folder, text)
+    cache = config.cache.model_copy(update={"path": tmp_path / "cache-of-text"})
+    extract(settings_of(config.model_copy(update={"data": data, "cache": cache})))
     assert "set data.supervise = last" in caplog.text
 
 

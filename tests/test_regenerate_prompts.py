@@ -84,7 +84,7 @@ def converse(letters: str, *answers: Answer, keep_truncated: bool = False, failu
     dialogue = Dialogue(plan_prompt(7, make_messages(letters), turns="all", source="f"), keep_truncated=keep_truncated)
     for answer in answers:
         assert dialogue.is_open
-        dialogue.take(answer, num_prompt_tokens=10)
+        dialogue.take(answer, rendered=[5] * 10)
     if failure:
         dialogue.fail(failure)
     assert not dialogue.is_open

@@ -72,7 +72,7 @@ def test_bytes_per_token_of_the_reference_shape() -> None:
         "fp16": 30720,
         "fp32": 61440,
         "bf16-lossless": 30720,  # before compression
-        "int8": 15360 + 2 * 6 * 2560 // 64,
+        "int8": 15360 + 2 * (5 * 2560 // 64 + 2560 // 256),
         "fp8": 15360 + 12,
     }
 

@@ -91,10 +91,11 @@ def test_any_zarr_reader_decodes_lossy_states_by_their_attributes(
         assert np.array_equal(read_tensorstore(cache / f"shards/00000.zarr/{name}"), array[:])
         scale = group[array.attrs["scale"]]
         scales = as_float(scale[:], scale.attrs["logical_dtype"])
-        assert array.attrs["tokens_per_scale"] == 1
-        channels = array.attrs.get("channels_per_scale", values.shape[-1])
-        scales = scales if "channels_per_scale" in array.attrs else scales[..., None]
-        scales = np.repeat(scales, channels, axis=-1)[..., : values.shape[-1]]
+        scales = np.repeat(scales, array.attrs["tokens_per_scale"], axis=0)[: len(values)]
+        if "channels_per_scale" in array.attrs:
+            scales = np.repeat(scales, array.attrs["channels_per_scale"], axis=-1)[..., : values.shape[-1]]
+        elif scales.ndim < values.ndim:
+            scales = scales[..., None]
         decoded = (values * scales).astype(ml_dtypes.bfloat16)
         states = torch.cat([getattr(sample, name) for sample in reader])
         assert np.array_equal(decoded.view(np.uint16), bits(states))

@@ -167,7 +167,7 @@ def test_scores_are_those_of_the_plain_form(head: dict[str, Any]) -> None:
     scores, expected = fast.score(**batch), plain.score(**batch)
     for name in ("row", "anchor", "slot", "top1_agree"):
         assert torch.equal(getattr(scores, name), getattr(expected, name)), name
-    for name in ("accept_rate", "cross_entropy", "confidence"):
+    for name in ("accept_rate", "greedy_accept_rate", "cross_entropy", "confidence"):
         torch.testing.assert_close(getattr(scores, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
 
 
@@ -207,6 +207,7 @@ def test_tiles_measure_what_the_plain_form_measures(dtype: torch.dtype, softcap:
     torch.testing.assert_close(measured.cross_entropy, expected.cross_entropy, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(measured.l1, expected.l1, rtol=1e-5, atol=1e-5)
     assert torch.equal(measured.top1, expected.top1)
+    torch.testing.assert_close(measured.greedy, expected.greedy, rtol=1e-5, atol=1e-6)
     bound = 1e-6 if dtype == torch.float32 else 4e-3
     torch.testing.assert_close(measured.grad, expected.grad, rtol=bound, atol=1e-6)
     torch.testing.assert_close(measured.grad_base, expected.grad_base, rtol=bound, atol=1e-6)

@@ -114,6 +114,7 @@ def test_scores_equal_the_reference(changes: dict[str, object]) -> None:
     assert scores.accept_rate.tolist() == pytest.approx([slot.accept for slot in sums.slots], rel=1e-4, abs=1e-6)
     assert scores.cross_entropy.tolist() == pytest.approx([slot.ce for slot in sums.slots], rel=1e-4)
     assert scores.top1_agree.tolist() == [slot.top1 for slot in sums.slots]
+    assert scores.greedy_accept_rate.tolist() == pytest.approx([slot.greedy for slot in sums.slots], rel=1e-4)
     if changes:
         assert scores.confidence is None
     else:

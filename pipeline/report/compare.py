@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pipeline.report.pairing import MIN_SAMPLES, Difference, Measured, measured_on, paired_difference
 from pipeline.report.recipes import Recipe, plan_recipes
 from pipeline.report.runs import Run
-from pipeline.report.words import join_names
+from pipeline.report.words import join_names, readable
 from pipeline.show import count_of
 from stages.evaluate.evaluation import Evaluation
 
@@ -28,10 +28,18 @@ class Comparison:
     recipes: tuple[Recipe, ...] = ()
     """What was trained with several seeds, over them; of the first group."""
 
+    targets: tuple[str, ...] = ()
+    """`target.model` of the runs, where it is not one: then nothing is compared."""
+
     @property
     def best(self) -> Run | None:
         """The run with the highest tau; None where no run has been evaluated."""
         return self.groups[0][0] if self.groups else None
+
+    @property
+    def is_comparing(self) -> bool:
+        """Whether there is anything that the best run, or the best recipe, is held against."""
+        return bool(self.differences) or len(self.recipes) > 1
 
     def difference(self, run: Run) -> Difference | None:
         """How far the run is behind the best one; None for that one, and where they cannot be compared."""
@@ -49,8 +57,13 @@ class Comparison:
 
     @property
     def choice(self) -> Run | None:
-        """The run to ship: the cheapest that cannot be told from the best; None where that is held against no other."""
-        return min([self.best, *self.ties], key=cost_of) if self.best is not None and self.others else None
+        """The run to ship: the cheapest that cannot be told from the best, of those that are faster than no draft.
+
+        None where the best is held against no other, and where none is faster.
+        """
+        if self.best is None or not self.others:
+            return None
+        return min((run for run in (self.best, *self.ties) if not run.is_useless), key=cost_of, default=None)
 
 
 def cost_of(run: Run) -> tuple[float, float]:
@@ -65,8 +78,9 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     for run in ordered:
         if run.evaluation is not None:
             groups.setdefault(measured_on(run.evaluation), []).append((run, run.evaluation))
-    differences = {}
-    for (_, best), *others in list(groups.values())[:1]:
+    differences: dict[str, Difference] = {}
+    targets = _differing_targets([[run for run, _ in group] for group in groups.values()])
+    for (_, best), *others in list(groups.values())[:1] if not targets else []:
         found = {str(run.folder): paired_difference([best], [evaluation]) for run, evaluation in others}
         differences = {folder: difference for folder, difference in found.items() if difference is not None}
     first: list[tuple[Run, Evaluation]] = next(iter(groups.values()), [])
@@ -74,18 +88,36 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
         runs=tuple(ordered),
         groups=tuple(tuple(run for run, _ in group) for group in groups.values()),
         differences=differences,
-        recipes=plan_recipes(first, runs=ordered),
+        recipes=() if targets else plan_recipes(first, runs=ordered),
+        targets=targets,
     )
+
+
+def _differing_targets(groups: Sequence[Sequence[Run]]) -> tuple[str, ...]:
+    """What `target.model` says, where runs that were measured on different blocks name different targets."""
+    names = [{_target_of(run) for run in group} - {""} for group in groups]
+    known = [own for own in names if own]
+    is_one = all(one & other for place, one in enumerate(known) for other in known[:place])
+    return () if is_one else tuple(sorted(set().union(*known)))
 
 
 def headline(comparison: Comparison) -> str:
     """One or two sentences: which draft to ship, and why."""
-    best, choice, others = comparison.best, comparison.choice, comparison.others
+    best, choice = comparison.best, comparison.choice
     if best is None:
         return "No run has been evaluated, so there is nothing to compare: run dspark evaluate."
-    if choice is None:
+    if comparison.targets:
+        return f"Drafts of different targets ({join_names(comparison.targets)}) are not compared: name the runs of one."
+    if not comparison.others:
         return f"{best.name} has {_describe_tau(best)}; nothing to compare it with, since {_why_alone(comparison)}."
+    if choice is None:
+        return f"{best.name} has the highest tau, {_describe_tau(best)}, but gains nothing against no draft."
+    return _advise(comparison, best=best, choice=choice)
+
+
+def _advise(comparison: Comparison, *, best: Run, choice: Run) -> str:
     if not comparison.ties:
+        others = comparison.others
         ahead = comparison.differences[str(others[0].folder)]
         return (
             f"Ship {best.name}: {_describe_tau(best)}, {ahead.mean:.3f} above the next, {others[0].name} (paired "
@@ -94,9 +126,11 @@ def headline(comparison: Comparison) -> str:
         )
     if choice is best:
         names = join_names([run.name for run in comparison.ties])
+        has_cheaper = any(cost_of(run) < cost_of(best) for run in comparison.ties)
         return (
             f"Ship {best.name}: {_describe_tau(best)}, the highest, but not beyond chance above {names}. None of those "
-            f"has fewer trained parameters ({_describe_size(best)})."
+            f"has fewer trained parameters ({_describe_size(best)})"
+            + (" and gains anything against no draft." if has_cheaper else ".")
         )
     behind = comparison.differences[str(choice.folder)]
     return (
@@ -104,6 +138,20 @@ def headline(comparison: Comparison) -> str:
         f"from the best ({_describe_size(choice)}). The highest tau has {best.name}, by {behind.mean:.3f}, which is "
         f"not beyond chance (paired difference {behind.low:.3f} to {behind.high:.3f})."
     )
+
+
+def describe_gain(comparison: Comparison) -> str | None:
+    """What the chosen run's, or else the best run's, own outlook says against no draft; None without an outlook."""
+    run = comparison.choice or comparison.best
+    scheduling = run.evaluation.scheduling if run is not None and run.evaluation is not None else None
+    if run is None or scheduling is None or not scheduling.outlook.concurrencies or comparison.targets:
+        return None
+    rows, label = scheduling.outlook.concurrencies, scheduling.outlook.throughput.label
+    if run.is_useless:
+        return f"Against no draft {run.name} is not faster at any number of requests (simulated, {label})."
+    shown = dict.fromkeys((rows[0], rows[-1]))
+    gains = " and ".join(f"{row.gain_on_no_draft:+.0%} at {count_of(row.num_requests, 'request')}" for row in shown)
+    return f"Against no draft {run.name} gives {gains} in tokens a second (simulated, {label})."
 
 
 def _describe_seeds(comparison: Comparison, best: Run) -> str:
@@ -137,15 +185,20 @@ def _why_alone(comparison: Comparison) -> str:
     return "there is no other evaluated run"
 
 
+def _target_of(run: Run) -> str:
+    return str(run.config.get("target.model") or "")
+
+
 def _describe_blocks(run: Run) -> str:
     found = run.evaluation
     if found is None:
         raise AssertionError("only evaluated runs are in groups")
     blocks = sum(sample.num_blocks for sample in found.samples)
     origin = found.origin
+    target = f"target {readable(_target_of(run))}, " if _target_of(run) else ""
     sizes = f"{count_of(len(found.samples), 'conversation')}, {count_of(blocks, 'block')}"
     return (
-        f"{sizes}, cache {origin.cache_digest[:12]}, "
+        f"{sizes}, {target}cache {origin.cache_digest[:12]}, "
         f"evaluate.num_anchors {origin.num_anchors}, evaluate.seed {origin.seed}"
     )
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from pipeline.report.recipes import Recipe, count_seeds
 from pipeline.report.runs import Run
+from pipeline.report.words import break_name
 from stages.evaluate.evaluation import Scheduling
 from stages.evaluate.reliability import Bins
 
@@ -26,7 +27,9 @@ FAINT = "#b0b0b0"
 MAX_PANELS = 4
 NAME_LENGTH = 48
 MAX_STEP = 2**53  # beyond it, a step is no float
-DPI = 110
+WIDTH, HEIGHT = 4.6, 3.4  # inches of a plot of one panel: its letters can be read on a page of 420 pixels, too
+LEGEND_WIDTH, TICK_WIDTH = 44, 22  # characters of a line
+DPI = 200
 
 Styles = dict[Path, "Style"]
 
@@ -86,7 +89,7 @@ def plan_styles(runs: Sequence[Run], *, recipes: Sequence[Recipe] = ()) -> Style
     styles = {}
     for colour, line, (alike, name) in zip(COLOURS, itertools.cycle(LINES), named, strict=False):
         for place, run in enumerate(alike):
-            label = None if place else label_of(name)
+            label = None if place else label_of(name, width=LEGEND_WIDTH)
             styles[run.folder] = Style(colour=colour, line=line, is_named=True, label=label)
     for place, run in enumerate(runs):
         line = LINES[place % len(LINES)]
@@ -96,7 +99,9 @@ def plan_styles(runs: Sequence[Run], *, recipes: Sequence[Recipe] = ()) -> Style
 
 def _taus(runs: Sequence[Run], styles: Styles) -> Plot:
     measured = [run for run in runs if run.evaluation is not None]
-    figure = Figure(figsize=(8, 1.2 + 0.32 * max(len(measured), 1)), layout="constrained")
+    names = [label_of(run.name, width=TICK_WIDTH) for run in measured]
+    lines = sum(1 + name.count("\n") for name in names)
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.12 * len(names) + 0.17 * lines), layout="constrained")
     axes = figure.subplots()
     for place, run in enumerate(measured):
         found = run.evaluation
@@ -104,7 +109,7 @@ def _taus(runs: Sequence[Run], styles: Styles) -> Plot:
             # Files of earlier versions may leave tau out of its interval by a last bit.
             span = [[max(0.0, found.tau - found.tau_low)], [max(0.0, found.tau_high - found.tau)]]
             axes.errorbar([found.tau], [place], xerr=span, fmt="o", capsize=3, color=styles[run.folder].colour)
-    axes.set_yticks(range(len(measured)), [label_of(run.name) for run in measured])
+    axes.set_yticks(range(len(measured)), names, fontsize=8)
     axes.set_ylim(max(len(measured), 1) - 0.5, -0.5)
     axes.set_xlabel("tau (tokens a verify round)")
     axes.grid(axis="x", alpha=0.3)
@@ -163,17 +168,17 @@ def _acceptance(runs: Sequence[Run], styles: Styles) -> Plot:
 
 def _reliability(runs: Sequence[Run], styles: Styles) -> Plot:
     shown = _with_scheduling(runs)[:MAX_PANELS]
-    figure = Figure(figsize=(2.9 * max(len(shown), 2), 6.4), layout="constrained")
-    grid = figure.subplots(2, max(len(shown), 1), squeeze=False)
-    for column, (run, scheduling) in enumerate(shown):
+    figure = Figure(figsize=(WIDTH, 2.8 * max(len(shown), 1)), layout="constrained")
+    grid = figure.subplots(max(len(shown), 1), 2, squeeze=False)
+    for (slots, prefixes), (run, scheduling) in zip(grid, shown, strict=False):
         before, after = scheduling.reliability_before, scheduling.reliability_after
-        _draw_bins(grid[0][column], before.confidence, after.confidence)
-        _draw_bins(grid[1][column], before.survival, after.survival)
-        grid[0][column].set_title(label_of(run.name, length=28), fontsize=9)
-        grid[0][column].set_xlabel("confidence of a slot")
-        grid[1][column].set_xlabel("product of confidences\nup to a slot")
-    grid[0][0].set_ylabel("accept rate")
-    grid[1][0].set_ylabel("share of blocks accepted\nup to the slot")
+        _draw_bins(slots, before.confidence, after.confidence)
+        _draw_bins(prefixes, before.survival, after.survival)
+        slots.set_title(label_of(run.name, width=LEGEND_WIDTH), fontsize=9, loc="left")
+        slots.set_xlabel("confidence of a slot")
+        slots.set_ylabel("accept rate")
+        prefixes.set_xlabel("product of confidences\nup to a slot")
+        prefixes.set_ylabel("accepted up to the slot")
     if shown:
         grid[0][0].legend(fontsize=8, loc="upper left")
     text = (
@@ -188,8 +193,8 @@ def _reliability(runs: Sequence[Run], styles: Styles) -> Plot:
 
 def _thresholds(runs: Sequence[Run], styles: Styles) -> Plot:
     shown = _with_scheduling(runs)
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
-    accepted, verified = figure.subplots(1, 2)
+    figure = Figure(figsize=(WIDTH, 2 * HEIGHT), layout="constrained")
+    accepted, verified = figure.subplots(2, 1)
     for run, scheduling in shown:
         curve, raw = scheduling.thresholds_after, scheduling.thresholds_before
         look = _look(styles[run.folder])
@@ -199,12 +204,13 @@ def _thresholds(runs: Sequence[Run], styles: Styles) -> Plot:
     accepted.set_xlabel("threshold on the product of confidences")
     accepted.set_ylabel("draft tokens accepted a round")
     verified.set_xlabel("draft tokens verified a round")
+    verified.set_ylabel("draft tokens accepted a round")
     for axes in (accepted, verified):
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     _add_legend(accepted)
     text = (
-        "What a round accepts if it verifies only slots whose predicted survival reaches a threshold; on the left "
+        "What a round accepts if it verifies only slots whose predicted survival reaches a threshold; above "
         "calibrated, and faint as it was before. The bonus token is not counted."
     )
     return _plot(
@@ -215,8 +221,8 @@ def _thresholds(runs: Sequence[Run], styles: Styles) -> Plot:
 
 def _outlook(runs: Sequence[Run], styles: Styles) -> Plot:
     shown = [(run, found) for run, found in _with_scheduling(runs) if found.outlook.concurrencies]
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
-    speed, gain = figure.subplots(1, 2)
+    figure = Figure(figsize=(WIDTH, 2 * HEIGHT), layout="constrained")
+    speed, gain = figure.subplots(2, 1)
     for run, scheduling in shown:
         rows, style = scheduling.outlook.concurrencies, styles[run.folder]
         requests = [row.num_requests for row in rows]
@@ -224,20 +230,26 @@ def _outlook(runs: Sequence[Run], styles: Styles) -> Plot:
         speed.plot(requests, [row.scheduled.tokens_per_second for row in rows], **look)
         best = [row.fixed[row.best_length].tokens_per_second for row in rows]
         speed.plot(requests, best, color=style.colour, linestyle=":", alpha=0.8)
-        gain.plot(requests, [100 * row.gain for row in rows], color=style.colour, marker="o")
+        gain.plot(requests, [100 * row.gain_on_no_draft for row in rows], color=style.colour, marker="o", markersize=4)
+        alone = [row.fixed[0].tokens_per_second for row in rows]
+        gain.plot(
+            requests, [100 * (fixed / none - 1) for fixed, none in zip(best, alone, strict=True)],
+            color=style.colour, linestyle=":", alpha=0.8,
+        )  # fmt: skip
     for axes in (speed, gain):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("concurrent requests")
         axes.grid(alpha=0.3)
     if shown:
         speed.set_yscale("log")
     speed.set_ylabel("tokens a second")
-    gain.set_ylabel("gain over the best fixed length (%)")
+    gain.set_ylabel("gain against no draft (%)")
     _add_legend(speed)
     labels = sorted({found.outlook.throughput.label for _, found in shown})
     text = (
-        "Simulated: verify lengths scheduled by calibrated confidence (solid) against the best fixed length (dotted), "
+        "Simulated: verify lengths scheduled by calibrated confidence (solid) and the best fixed length (dotted), "
         f"by {', '.join(labels)}."
     )
     return _plot(
@@ -249,11 +261,16 @@ def _outlook(runs: Sequence[Run], styles: Styles) -> Plot:
 _WITHOUT_SCHEDULING = "no evaluated run has a confidence head and the conversations to calibrate it"
 
 
-def label_of(name: str, *, length: int = NAME_LENGTH) -> str:
-    """The name as matplotlib takes it: no mathematics, and no underscore first, which hides a line."""
+def label_of(name: str, *, length: int = NAME_LENGTH, width: int = NAME_LENGTH) -> str:
+    """The name as matplotlib takes it: no mathematics, and no underscore first, which hides a line.
+
+    `length` is that of the whole, `width` that of a line, both in characters.
+    """
     name = "".join(char if char.isprintable() else "?" for char in name)
     name = name if len(name) <= length else f"{name[: length // 2]}…{name[-(length // 2) :]}"
-    return ("./" + name if name.startswith("_") else name).replace("$", r"\$")
+    lines = break_name("./" + name if name.startswith("_") else name, width=width).split("\n")
+    parts = [line[start : start + width] for line in lines for start in range(0, max(len(line), 1), width)]
+    return "\n".join(parts).replace("$", r"\$")
 
 
 def _with_scheduling(runs: Sequence[Run]) -> list[tuple[Run, Scheduling]]:
@@ -261,15 +278,16 @@ def _with_scheduling(runs: Sequence[Run]) -> list[tuple[Run, Scheduling]]:
 
 
 def _first_panels(shown: Sequence[Any]) -> str:
-    return f"The best {MAX_PANELS} runs at most." if len(shown) == MAX_PANELS else ""
+    return f"The first {MAX_PANELS} runs at most." if len(shown) == MAX_PANELS else ""
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     return figure, axes
 
@@ -331,7 +349,7 @@ def _add_legend(axes: Axes) -> None:
     """The names of the lines below the whole figure, where they hide none."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        axes.figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
+        axes.figure.legend(handles, labels, fontsize=8, loc="outside lower center")
 
 
 def _column(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:

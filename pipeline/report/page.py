@@ -11,7 +11,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from pipeline.report.compare import Comparison, describe_groups, headline
+from pipeline.report.compare import Comparison, describe_gain, describe_groups, headline
+from pipeline.report.facts import describe_facts
 from pipeline.report.figures import Plot, draw_plots
 from pipeline.report.recipes import SEED, Recipe, describe_recipes
 from pipeline.report.runs import Run, differing_keys
@@ -47,7 +48,11 @@ def render_page(comparison: Comparison, plots: list[Plot]) -> str:
     environment.filters["breakable"] = breakable
     keys = differing_keys(comparison.runs)
     return environment.get_template(TEMPLATE).render(
+        title=_title(comparison),
         headline=headline(comparison),
+        gain=describe_gain(comparison),
+        facts=describe_facts(comparison.runs),
+        is_comparing=comparison.is_comparing,
         groups=describe_groups(comparison),
         over_seeds=describe_recipes(comparison.recipes),
         recipe_keys=list(comparison.recipes[0].values) if comparison.recipes else [],
@@ -57,6 +62,12 @@ def render_page(comparison: Comparison, plots: list[Plot]) -> str:
         plots=[_describe_plot(plot) for plot in plots],
         costs=[_cost(run) for run in comparison.runs],
     )
+
+
+def _title(comparison: Comparison) -> str:
+    if comparison.is_comparing:
+        return "Drafts compared"
+    return f"Draft {comparison.runs[0].name}" if len(comparison.runs) == 1 else "Drafts"
 
 
 def breakable(text: str) -> Markup:
@@ -79,6 +90,7 @@ def _row(run: Run, comparison: Comparison, keys: list[str]) -> dict[str, Any]:
         difference = comparison.difference(run)
         row["measured"] = {
             "tau": f"{found.tau:.3f}",
+            "greedy": "" if found.tau_greedy is None else f"{found.tau_greedy:.3f}",
             "interval": f"{found.tau_low:.3f} to {found.tau_high:.3f}",
             "behind": format_difference(difference) or ("best" if row["is_best"] else "not comparable"),
             "is_tied": difference is not None and not difference.is_clear,

@@ -8,6 +8,7 @@ import struct
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     """`section.key` -> value, of the resolved config."""
     evaluation: Evaluation | None = None
+    measured_on: str | None = None
+    """The day on which its evaluation was written, as 2026-01-31, UTC."""
     problem: str | None = None
     """Why there is no evaluation."""
     train_rows: tuple[dict[str, Any], ...] = ()
@@ -62,6 +65,12 @@ class Run:
     @property
     def num_steps(self) -> int:
         return max((row["step"] for row in self.train_rows), default=0)
+
+    @property
+    def is_useless(self) -> bool:
+        """Whether its own scheduling outlook sees no gain on decoding without a draft; False where there is none."""
+        scheduling = self.evaluation and self.evaluation.scheduling
+        return bool(scheduling and scheduling.outlook.is_useless)
 
     @property
     def tau(self) -> float:
@@ -138,11 +147,15 @@ def _read_files(folder: Path, *, name: str) -> Run:
     config = _read_config(folder)
     metrics = read_metrics(folder)
     draft = folder / "draft" / "model.safetensors"
+    measured_on = None
+    if evaluation is not None:
+        measured_on = f"{datetime.fromtimestamp((folder / 'evaluation.json').stat().st_mtime, UTC):%Y-%m-%d}"
     return Run(
         folder=folder,
         name=name,
         config=config,
         evaluation=evaluation,
+        measured_on=measured_on,
         problem=None if problem is None else readable(problem),
         train_rows=tuple(row for row in metrics if row.get("kind") == "train"),
         validation_rows=tuple(row for row in metrics if row.get("kind") == "validation"),

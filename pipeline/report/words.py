@@ -1,5 +1,6 @@
 """Numbers of a report in words, the same on the page and in the terminal."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,16 @@ def format_difference(difference: Difference | None) -> str:
 def join_names(names: Sequence[str]) -> str:
     """The first three, and how many there are besides."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def break_name(name: str, *, width: int) -> str:
+    """The name in lines of up to `width` characters, where its punctuation allows it."""
+    lines = [""]
+    for part in re.split(r"(?<=[,/=])", name):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def format_value(value: Any) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, to_toml
+from pipeline.logs import LinePacer
 from pipeline.stage_two import check_evaluation, evaluate_draft, open_cache, save_evaluation
 from pipeline.sweep.plan import Point, point_of
 from pipeline.sweep.provenance import describe_origin
@@ -84,6 +85,7 @@ class Desk:
         root = logging.getLogger()
         handlers, aside = root.handlers[:], logging.FileHandler(self._run_dir / "log.txt", encoding="utf-8")
         aside.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        aside.addFilter(LinePacer())
         root.handlers[:] = [aside]
         try:
             yield

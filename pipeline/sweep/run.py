@@ -62,8 +62,11 @@ def check_sweep(config: Config, *, world: int) -> None:
 
 def check_extraction(config: Config) -> None:
     """Whether a cache that is extracted for the sweep would do. Raises ConfigError."""
-    if config.data.validation_fraction == 0:
-        raise ConfigError("data.validation_fraction: is 0, so that the trials of a sweep could not be compared")
+    if config.data.validation_fraction == 0 and not config.data.validation_files:
+        raise ConfigError(
+            "data.validation_fraction: is 0, so that the trials of a sweep could not be compared; set it, or "
+            "data.validation_files"
+        )
 
 
 def open_sweep(config: Config) -> Trials:

@@ -24,6 +24,8 @@ class SlotScores(Protocol):
     @property
     def top1_agree(self) -> Any: ...
     @property
+    def greedy_accept_rate(self) -> Any: ...
+    @property
     def cross_entropy(self) -> Any: ...
     @property
     def confidence(self) -> Any | None: ...
@@ -46,6 +48,8 @@ class Blocks:
     """Accept rate: the probability that the target takes the draft's token, if it took those before."""
     top1: np.ndarray
     """1 where draft and target have the same most likely token."""
+    greedy_accept: np.ndarray
+    """Accept rate of a draft that takes its most likely token instead of sampling: the target's probability of it."""
     cross_entropy: np.ndarray
     confidence: np.ndarray | None
     """Predicted accept rate; None without a confidence head."""
@@ -95,6 +99,7 @@ def gather_blocks(batches: Iterable[tuple[int, SlotScores]], *, block_size: int)
         length=np.bincount(block_N),
         accept=place("accept_rate"),
         top1=place("top1_agree"),
+        greedy_accept=place("greedy_accept_rate"),
         cross_entropy=place("cross_entropy"),
         confidence=None if any(batch.confidence is None for batch in scores) else place("confidence"),
     )

@@ -6,6 +6,9 @@ import numpy as np
 
 BOOTSTRAP_ROUNDS = 1000
 BOOTSTRAP_SEED = 0
+ENOUGH_GROUPS = (
+    30  # below that, what resampling says of noise is visibly too small (assumption: the usual rule of thumb)
+)
 
 
 @dataclass(frozen=True, kw_only=True)

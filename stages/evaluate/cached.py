@@ -28,8 +28,15 @@ class CacheEvaluation(Record):
     """Mean over blocks of 1 + Σ_k Π_{i<=k} accept rate i: expected tokens a verify round, with bonus."""
     tau_low: float
     tau_high: float
+    tau_greedy: float | None
+    """The same of a draft that takes its most likely token: mean over blocks of 1 + Σ_k Π_{i<=k} p_target of slot i's
+    argmax p_draft, the data's tokens before it given. None in files that did not measure it."""
+    tau_greedy_low: float | None
+    tau_greedy_high: float | None
     accept_rate_per_pos: PerPos
     """Mean of 1 - ½·‖p_draft - p_target‖₁ over the blocks that have slot k, the data's tokens before it given."""
+    greedy_accept_rate_per_pos: PerPos | None
+    """Mean of p_target(argmax p_draft) over the same: the accept rate of a draft that takes its most likely token."""
     accept_rate_low_per_pos: PerPos
     accept_rate_high_per_pos: PerPos
     conditional_accept_per_pos: PerPos
@@ -65,6 +72,9 @@ def measure_blocks(blocks: Blocks) -> CacheEvaluation:
     tau_M = block_taus(blocks)
     tau = float(tau_M.mean())
     tau_low, tau_high = widen(bootstrap_mean(tau_M, groups=blocks.sample), tau)
+    greedy_M = 1.0 + np.cumprod(blocks.greedy_accept, axis=1).sum(axis=1)
+    greedy = float(greedy_M.mean())
+    greedy_low, greedy_high = widen(bootstrap_mean(greedy_M, groups=blocks.sample), greedy)
     supervised_MK, survival_MK = blocks.supervised, blocks.survival
     before_MK = np.concatenate([np.ones((len(blocks), 1)), survival_MK[:, :-1]], axis=1) * supervised_MK
     rate, rate_low, rate_high = _ratio_per_pos(blocks.accept, supervised_MK, blocks)
@@ -80,7 +90,11 @@ def measure_blocks(blocks: Blocks) -> CacheEvaluation:
         tau=tau,
         tau_low=tau_low,
         tau_high=tau_high,
+        tau_greedy=greedy,
+        tau_greedy_low=greedy_low,
+        tau_greedy_high=greedy_high,
         accept_rate_per_pos=rate,
+        greedy_accept_rate_per_pos=_divide(blocks.greedy_accept, supervised_MK),
         accept_rate_low_per_pos=rate_low,
         accept_rate_high_per_pos=rate_high,
         conditional_accept_per_pos=conditional,

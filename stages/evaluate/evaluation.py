@@ -6,22 +6,29 @@ Written by `dspark evaluate`, read by reports and comparisons.
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 from pydantic import model_validator
 
 from stages.evaluate.blocks import Blocks, SlotScores, gather_blocks
 from stages.evaluate.cached import CacheEvaluation, block_taus, measure_blocks
-from stages.evaluate.calibration import Calibration, Origin, calibrate, scale_confidence, split_halves
+from stages.evaluate.calibration import (
+    Calibration,
+    Origin,
+    calibrate,
+    scale_confidence,
+    split_halves,
+    upgrade_calibration,
+)
 from stages.evaluate.outlook import Outlook, simulate
 from stages.evaluate.records import read_record, write_record
 from stages.evaluate.reliability import Bins, Reliability, measure_reliability
 from stages.evaluate.thresholds import ThresholdCurve, trace_thresholds
-from stages.evaluate.throughput import ThroughputTable
+from stages.evaluate.throughput import Throughput
 from storage.sealed import Record
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +68,11 @@ class Scheduling(Record):
 class Evaluation(CacheEvaluation):
     """`evaluation.json`."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
+    weights_digest: str | None
+    """Of the draft that was scored, as `digest_draft` makes it; None in files that did not say."""
+    computed_in: str | None
+    """dtype that it was scored in; None in files that did not say."""
     block_size: int
     origin: Origin
     """Drafts with equal origins have the same blocks in a sample; comparable are those that have equal samples, too."""
@@ -77,19 +88,28 @@ class Evaluation(CacheEvaluation):
         if self.block_size < 1:
             raise ValueError(f"block_size: expected at least 1, got {self.block_size}")
         for name in (name for name in type(self).model_fields if name.endswith("_per_pos")):
-            if len(getattr(self, name)) != self.block_size:
-                raise ValueError(f"{name}: expected {self.block_size} slots, got {len(getattr(self, name))}")
+            values = getattr(self, name)
+            if values is not None and len(values) != self.block_size:
+                raise ValueError(f"{name}: expected {self.block_size} slots, got {len(values)}")
         return self
 
 
 def evaluate_fully(
-    batches: Iterable[tuple[int, SlotScores]], *, block_size: int, origin: Origin, table: ThroughputTable
+    batches: Iterable[tuple[int, SlotScores]],
+    *,
+    block_size: int,
+    origin: Origin,
+    table: Throughput,
+    weights_digest: str | None = None,
+    computed_in: str | None = None,
 ) -> Evaluation:
     """As `evaluate_scores`, with calibration, threshold curves and scheduling outlook where there is a confidence."""
     blocks = gather_blocks(batches, block_size=block_size)
     confidence_MK = blocks.confidence
     return Evaluation(
         **vars(measure_blocks(blocks)),
+        weights_digest=weights_digest,
+        computed_in=computed_in,
         block_size=block_size,
         origin=origin,
         samples=_sample_taus(blocks),
@@ -104,8 +124,18 @@ def write_evaluation(file: Path, evaluation: Evaluation) -> None:
 
 
 def read_evaluation(file: Path) -> Evaluation:
-    """The evaluation in the file. Raises EvaluationError for one that is not there, damaged, or of an earlier form."""
-    return read_record(file, Evaluation, version=FORMAT_VERSION)
+    """The evaluation in the file. Raises EvaluationError for one that is not there, damaged, or of another form."""
+    return read_record(file, Evaluation, version=FORMAT_VERSION, upgrade=_from_version_1)
+
+
+def _from_version_1(fields: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 knew nothing of greedy drafts, nor which weights it was of."""
+    names = ("tau_greedy", "tau_greedy_low", "tau_greedy_high", "greedy_accept_rate_per_pos")
+    fields = dict.fromkeys((*names, "weights_digest", "computed_in")) | fields | {"format_version": FORMAT_VERSION}
+    scheduling = fields.get("scheduling")
+    if isinstance(scheduling, dict) and isinstance(scheduling.get("calibration"), dict):
+        fields["scheduling"] = scheduling | {"calibration": upgrade_calibration(scheduling["calibration"])}
+    return fields
 
 
 def _bins_of(reliability: Reliability) -> tuple[Bins, ...]:
@@ -121,7 +151,7 @@ def _sample_taus(blocks: Blocks) -> tuple[SampleTau, ...]:
     return tuple(SampleTau(sample_id=sample_id, num_blocks=count, tau=tau) for sample_id, count, tau in columns)
 
 
-def _evaluate_scheduling(blocks: Blocks, *, origin: Origin, table: ThroughputTable) -> Scheduling | None:
+def _evaluate_scheduling(blocks: Blocks, *, origin: Origin, table: Throughput) -> Scheduling | None:
     if blocks.confidence is None:
         logger.info("the draft has no confidence head: no calibration, no threshold curve, no scheduling outlook")
         return None

@@ -9,11 +9,12 @@ Shape suffixes: M blocks, K slots of a block, G verify steps, R requests in each
 import numpy as np
 
 from stages.evaluate.blocks import Blocks
-from stages.evaluate.throughput import ThroughputTable
+from stages.evaluate.throughput import Throughput
 from storage.sealed import Record
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ORDER_SEED = 0
+USEFUL_GAIN = 0.01  # assumption: what the simulation leaves out is worth more than a hundredth
 
 
 class Yield(Record):
@@ -48,16 +49,31 @@ class Concurrency(Record):
         """Tokens a second of the scheduler over those of the best fixed length, minus 1."""
         return self.scheduled.tokens_per_second / self.fixed[self.best_length].tokens_per_second - 1
 
+    @property
+    def gain_on_no_draft(self) -> float:
+        """Tokens a second of the scheduler over those of steps without any draft token, minus 1."""
+        return self.scheduled.tokens_per_second / self.fixed[0].tokens_per_second - 1
+
 
 class Outlook(Record):
     """The simulation, a row for each concurrency whose greatest step the table has."""
 
-    throughput: ThroughputTable
+    throughput: Throughput
     num_blocks: int
     concurrencies: tuple[Concurrency, ...]
 
+    @property
+    def is_useless(self) -> bool:
+        """Whether the draft gains less than USEFUL_GAIN on no draft at every concurrency, both ways of verifying."""
+        gains = [
+            way.tokens_per_second / row.fixed[0].tokens_per_second - 1
+            for row in self.concurrencies
+            for way in (row.scheduled, row.fixed[row.best_length])
+        ]
+        return bool(gains) and max(gains) < USEFUL_GAIN
 
-def simulate(confidence_MK: np.ndarray, calibrated_MK: np.ndarray, blocks: Blocks, table: ThroughputTable) -> Outlook:
+
+def simulate(confidence_MK: np.ndarray, calibrated_MK: np.ndarray, blocks: Blocks, table: Throughput) -> Outlook:
     """Serve the blocks at every concurrency.
 
     A block is one round of one request; which blocks meet in a step is drawn once, so all ways serve the same steps.
@@ -66,7 +82,7 @@ def simulate(confidence_MK: np.ndarray, calibrated_MK: np.ndarray, blocks: Block
     order_M = np.random.default_rng(ORDER_SEED).permutation(len(blocks))
     rows = []
     for num_requests in CONCURRENCIES:
-        if num_requests * (1 + blocks.block_size) > table.tokens[-1]:
+        if not table.has(num_requests=num_requests, num_tokens=num_requests * (1 + blocks.block_size)):
             break
         # The last step is filled up with the first blocks again.
         order_GR = np.resize(order_M, (-(-len(blocks) // num_requests), num_requests))
@@ -75,7 +91,7 @@ def simulate(confidence_MK: np.ndarray, calibrated_MK: np.ndarray, blocks: Block
 
 
 def _serve(
-    order_GR: np.ndarray, confidence_MK: np.ndarray, calibrated_MK: np.ndarray, blocks: Blocks, table: ThroughputTable
+    order_GR: np.ndarray, confidence_MK: np.ndarray, calibrated_MK: np.ndarray, blocks: Blocks, table: Throughput
 ) -> Concurrency:
     length_GR = blocks.length[order_GR]
     num_steps, num_requests = order_GR.shape
@@ -84,7 +100,7 @@ def _serve(
 
     def measure(verified_GR: np.ndarray) -> Yield:
         emitted_GR = emitted_ML[order_GR, verified_GR]
-        seconds_G = 1 / table.steps_at(num_requests + verified_GR.sum(axis=1))
+        seconds_G = 1 / table.steps_at(num_requests + verified_GR.sum(axis=1), num_requests=num_requests)
         return Yield(
             tokens_per_second=float(emitted_GR.sum() / seconds_G.sum()),
             verified=float(verified_GR.mean()),
@@ -103,7 +119,7 @@ def _serve(
     )
 
 
-def schedule_steps(survival_GRK: np.ndarray, length_GR: np.ndarray, table: ThroughputTable) -> np.ndarray:
+def schedule_steps(survival_GRK: np.ndarray, length_GR: np.ndarray, table: Throughput) -> np.ndarray:
     """How many slots of each request to verify, [G, R]: algorithm 1 for each step.
 
     `survival_GRK` is the predicted survival, which never rises along K; a request has its first `length_GR` slots to
@@ -116,8 +132,9 @@ def schedule_steps(survival_GRK: np.ndarray, length_GR: np.ndarray, table: Throu
     by_survival_GC = np.argsort(-offers_GC, axis=1, kind="stable")
     sorted_GC = np.take_along_axis(offers_GC, by_survival_GC, axis=1)
     expected_GC = num_requests + np.cumsum(np.maximum(sorted_GC, 0), axis=1)
-    throughput_GC = expected_GC * table.steps_at(num_requests + 1 + np.arange(sorted_GC.shape[1]))
-    alone = num_requests * table.steps_at(np.array([num_requests]))[0]
+    num_tokens_C = num_requests + np.arange(1 + sorted_GC.shape[1])
+    rates_C = table.steps_at(num_tokens_C, num_requests=num_requests)
+    throughput_GC, alone = expected_GC * rates_C[1:], num_requests * rates_C[0]
     before_GC = np.concatenate([np.full((num_steps, 1), alone), throughput_GC[:, :-1]], axis=1)
     admitted_GC = np.logical_and.accumulate((throughput_GC > before_GC) & (sorted_GC >= 0), axis=1)
     chosen_GC = np.zeros_like(admitted_GC)

@@ -1,8 +1,9 @@
 """JSON files of the evaluation: written whole or not at all, and read back strictly."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -11,6 +12,7 @@ from stages.whole_files import write_whole
 from storage.sealed import Record, describe
 
 R = TypeVar("R", bound=Record)
+Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class EvaluationError(StageError, ValueError):
@@ -22,10 +24,10 @@ def write_record(file: Path, record: Record) -> None:
     write_whole(file, json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
 
 
-def read_record(file: Path, kind: type[R], *, version: int) -> R:
+def read_record(file: Path, kind: type[R], *, version: int, upgrade: Upgrade) -> R:
     """The file's record. Its `format_version` is looked at first; unknown and missing fields are errors.
 
-    Raises EvaluationError.
+    `upgrade` makes the fields of this version of those of the one before. Raises EvaluationError.
     """
     try:
         data = file.read_bytes()
@@ -38,7 +40,9 @@ def read_record(file: Path, kind: type[R], *, version: int) -> R:
     except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{file}: is not JSON; run dspark evaluate again") from error
     found = fields.get("format_version") if isinstance(fields, dict) else None
-    if type(found) is not int or found != version:
+    if type(found) is int and found == version - 1:
+        data = json.dumps(upgrade(fields)).encode()
+    elif type(found) is not int or found != version:
         got = "no format_version" if found is None else f"format_version {found!r:.40}"
         raise EvaluationError(f"{file}: expected format_version {version}, got {got}; run dspark evaluate again")
     try:

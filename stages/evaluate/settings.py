@@ -19,7 +19,7 @@ class EvaluateSection(Section):
     """Seeds the anchors; two drafts evaluated with one seed see the same blocks."""
     throughput_table: Path | None = None
     """CSV file with the columns `tokens` (in a verify step) and `steps_per_second` of the server that the scheduling
-    outlook is for; none: an assumed table."""
+    outlook is for, or the JSON file of SGLang's profiler; none: an assumed table, and the outlook is not printed."""
 
 
 # Assumption: below it sampling is greedy but for near-equal logits; logits divided by ever less end in infinity.

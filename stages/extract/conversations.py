@@ -5,30 +5,30 @@ from typing import Any
 
 import numpy as np
 
+from stages.extract.messages import is_blank, is_supervised, parse_message, parse_text
 from stages.extract.rows import BadRowError
+from stages.extract.tool_calls import parse_tools
 
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bing": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
+SYSTEM_COLUMNS = ("system", "system_prompt")
+LOST_COLUMNS = (
+    *("functions", "documents", "chat_template", "chat_template_kwargs"),
+    *("image", "images", "audio", "audios", "video", "videos"),
+)
+"""Columns that change what the target was shown, and that are not supported; any other column is left alone."""
+NO_ANSWER = "no assistant turn"
+"""The reason of rows that are questions alone; `dspark regenerate` answers them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """Messages in OpenAI form; `tools` is what the template may render of the row's tool descriptions."""
+    """Messages in OpenAI form, thinking as `reasoning_content`; `tools` are the row's tool descriptions.
+
+    `unsupervised` are indexes of assistant messages that the row itself leaves out of the loss.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
+    unsupervised: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +47,20 @@ class Tokens:
 
 
 def parse_row(value: dict[str, Any]) -> Chat | Text | Tokens:
-    """The first of `messages`, `conversations`, `input_ids`, `text` that the row has. Raises BadRowError."""
-    if (chat := parse_chat(value)) is not None:
-        if not any(message["role"] == "assistant" for message in chat.messages):
-            raise BadRowError("no assistant turn")
-        return chat
+    """The first of `input_ids`, `messages`, `conversations`, `text` that the row has. Raises BadRowError."""
     if "input_ids" in value:
         return _parse_tokens(value)
+    if (chat := parse_chat(value)) is not None:
+        answers = {index for index, message in enumerate(chat.messages) if message["role"] == "assistant"}
+        if not answers:
+            raise BadRowError(NO_ANSWER)
+        if answers == chat.unsupervised:
+            raise BadRowError("every assistant turn is left out of the loss by the row itself")
+        return chat
     if "text" in value:
         if not isinstance(value["text"], str) or not value["text"].strip():
             raise BadRowError("text: expected a non-empty string")
-        return Text(text=_parse_text(value["text"]))
+        return Text(text=parse_text(value["text"]))
     raise BadRowError("no column messages, conversations, text or input_ids")
 
 
@@ -66,62 +69,38 @@ def parse_chat(value: dict[str, Any]) -> Chat | None:
 
     Raises BadRowError.
     """
-    for column in ("messages", "conversations"):
-        if column in value:
-            return Chat(messages=_parse_messages(value[column]), tools=_parse_tools(value.get("tools")))
-    return None
-
-
-def _parse_messages(raw: Any) -> list[dict[str, Any]]:
+    column = next((column for column in ("messages", "conversations") if column in value), None)
+    if column is None:
+        return None
+    lost = [name for name in LOST_COLUMNS if not is_blank(value.get(name))]
+    if lost:
+        raise BadRowError(f"column {lost[0]}: a part of what the target was shown, and not supported")
+    raw = value[column]
     if not isinstance(raw, list):
         raise BadRowError(f"messages: expected a list, got {type(raw).__name__}")
     if not raw:
         raise BadRowError("empty conversation")
-    return [_parse_message(item) for item in raw]
+    messages = [parse_message(item) for item in raw]
+    system = _parse_system(value, messages)
+    unsupervised = (
+        index + len(system)
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and not is_supervised(raw[index])
+    )
+    return Chat(
+        messages=[*system, *messages], tools=parse_tools(value.get("tools")), unsupervised=frozenset(unsupervised)
+    )
 
 
-def _parse_message(raw: Any) -> dict[str, Any]:
-    if not isinstance(raw, dict):
-        raise BadRowError(f"message: expected an object, got {type(raw).__name__}")
-    present = {key: item for key, item in raw.items() if item is not None}
-    role = present.pop("role", None) or present.pop("from", None)
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        raise BadRowError(f"unknown role {role!r}")
-    content = present.pop("content", None)
-    if content is None:
-        content = present.pop("value", None)
-    if content is None and not present.get("tool_calls"):
-        raise BadRowError("message without content")
-    text = "" if content is None else _parse_content(content)
-    extras = {
-        key: present[key] for key in ("tool_calls", "tool_call_id", "name", "reasoning_content") if key in present
-    }
-    return {"role": ROLES[role.lower()], "content": text, **extras}
-
-
-def _parse_content(content: Any) -> str:
-    if isinstance(content, str):
-        return _parse_text(content)
-    if isinstance(content, list):
-        parts = []
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise BadRowError("content part that is not text")
-            parts.append(_parse_text(part["text"]))
-        return "".join(parts)
-    raise BadRowError(f"content: expected a string, got {type(content).__name__}")
-
-
-def _parse_text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRowError("text with a lone surrogate, which no encoding has") from error
-    return text
-
-
-def _parse_tools(raw: Any) -> list[Any] | None:
-    return raw if isinstance(raw, list) and raw else None
+def _parse_system(value: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The system message that a column of the row holds, where the messages do not have it: one or none."""
+    given = [value[name] for name in SYSTEM_COLUMNS if not is_blank(value.get(name))]
+    if not all(isinstance(text, str) for text in given):
+        raise BadRowError("system: expected a string")
+    said = {message["content"].strip() for message in messages if message["role"] in ("system", "developer")}
+    if given and len(said | {text.strip() for text in given}) > 1:
+        raise BadRowError("system: the column and the messages differ")
+    return [{"role": "system", "content": parse_text(given[0])}] if given and not said else []
 
 
 def _parse_tokens(value: dict[str, Any]) -> Tokens:

@@ -26,13 +26,13 @@ from stages.extract.run import (
     check_space,
     commit_shards,
     describe_inputs,
+    make_planner,
     make_price,
     read_plan,
     start_counts,
     sum_up,
 )
 from stages.extract.samples import SampleCounts, plan_samples
-from stages.extract.tokenize import SampleTokenizer
 from storage import CachePlan, CacheWriter, PlannedSample, check_identity
 
 # Fields of the identity that the import of states that others computed cannot know; they hold the config's values.
@@ -84,7 +84,7 @@ def import_cache(
 
 def describe_imported(settings: Settings, *, layers: tuple[int, ...], data_digest: str) -> Inputs:
     """`describe_inputs` for an imported cache: the target is the config's, the data are not its files."""
-    data = settings.data.model_copy(update={"files": ()})
+    data = settings.data.model_copy(update={"files": (), "validation_files": ()})
     cache = settings.cache.model_copy(update={"layers": layers})
     inputs = describe_inputs(replace(settings, data=data, cache=cache))
     identity = inputs.header.identity.model_copy(update={"data_digest": data_digest})
@@ -141,14 +141,7 @@ def _write_plan(
 def _iterate_samples(
     inputs: Inputs, settings: Settings, source: PeerCache, *, counts: SampleCounts
 ) -> Iterator[PlannedSample]:
-    eos = targets.eos_token_ids(inputs.folder, inputs.config)
-    return plan_samples(
-        source.rows(),
-        tokenizer=SampleTokenizer(inputs.tokenizer, supervise=settings.data.supervise, eos_token_ids=eos),
-        data=inputs.data,
-        mask_token_id=inputs.header.mask_token_id,
-        counts=counts,
-    )
+    return plan_samples(source.rows(), planner=make_planner(inputs, settings), counts=counts)
 
 
 def _keep_first(samples: Iterator[PlannedSample], first: list[PlannedSample]) -> Iterator[PlannedSample]:

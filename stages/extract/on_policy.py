@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterable
 
-from stages.regeneration_record import RegenerationManifest, find_manifests
+from stages.regeneration_record import MANIFEST, RegenerationError, RegenerationManifest, find_manifests
 from storage import CacheIdentity
 
 TARGET_DIGESTS = ("target_config_digest", "target_weights_digest", "tokenizer_digest", "chat_template_digest")
@@ -16,7 +16,7 @@ def describe_regeneration(files: Iterable[str], *, identity: CacheIdentity) -> d
     """What a cache's provenance says of regenerated files; nothing where there are none.
 
     Warns where the answers are another target's, or where the loss covers turns that were not regenerated. Raises
-    RegenerationError for files that were changed.
+    RegenerationError for files that were changed, and for token ids of another tokenizer.
     """
     files = tuple(files)
     found = find_manifests(files)
@@ -26,7 +26,10 @@ def describe_regeneration(files: Iterable[str], *, identity: CacheIdentity) -> d
     described = [_describe(manifest) for manifest in manifests.values()]
     if not described:
         return {}
-    return {"regeneration": f"{len(found)} of {len(files)} files: {json.dumps(described, sort_keys=True)}"}
+    return {
+        "answers": "; ".join(map(_describe_answers, manifests.values())),
+        "regeneration": f"{len(found)} of {len(files)} files: {json.dumps(described, sort_keys=True)}",
+    }
 
 
 def _describe(manifest: RegenerationManifest) -> dict[str, object]:
@@ -34,6 +37,16 @@ def _describe(manifest: RegenerationManifest) -> dict[str, object]:
     fields = manifest.identity.model_dump(mode="json", exclude_none=True)
     shown = {name: value for name, value in fields.items() if not name.endswith("_digest")}
     return {**shown, "digest": manifest.identity.digest()}
+
+
+def _describe_answers(manifest: RegenerationManifest) -> str:
+    """How many answers there are, how many were cut, and how many conversations were tokenised from text."""
+    counts = manifest.counts
+    if counts is None or counts.num_unfinished is None:
+        return "not counted by the version that made them"
+    cut, is_kept = f"{counts.num_unfinished:,}", manifest.identity.truncated == "keep"
+    fate = f"{cut} of them cut at their token limit" if is_kept else f"{cut} more were cut, and are left out"
+    return f"{counts.num_turns:,}, {fate}; {counts.num_text or 0:,} of {counts.num_answered:,} conversations are text"
 
 
 def _warn(manifest: RegenerationManifest, identity: CacheIdentity) -> None:
@@ -45,7 +58,12 @@ def _warn(manifest: RegenerationManifest, identity: CacheIdentity) -> None:
             "acceptance on them is not acceptance on the target's own text",
             ", ".join(differing),
         )
-    if said.turns == "last" and identity.supervise == "all":
+    if "tokenizer_digest" in differing and manifest.has_ids:
+        raise RegenerationError(
+            "data.files hold token ids of another tokenizer than the target's; regenerate with this target, or remove "
+            f"the columns input_ids and loss_mask and the {MANIFEST} beside the files, to take the text instead"
+        )
+    if said.turns == "last" and not manifest.is_all_ids and identity.supervise == "all":
         logger.warning(
             "only the last turns of data.files are the target's own (regenerate.turns = last), but the loss covers all "
             "of them; set data.supervise = last"

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
@@ -33,7 +33,7 @@ class WorkerError(StageError, RuntimeError):
 
 def map_ordered(
     work: Callable[[Item], Result], items: Iterable[Item], *, num_processes: int | None
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`work` of each item, in order. It must be picklable and pure; default: a process for each core.
 
     What it raises is raised here; WorkerError when a process is killed.

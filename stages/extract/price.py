@@ -13,6 +13,7 @@ from stages.target_shape import parse_target_shape
 from storage import ENCODINGS, INNER_TOKENS, CacheHeader
 
 ASSUMED_UTILISATION = 0.4  # assumption: share of the device's matrix rate that a forward pass reaches
+ASSUMED_DECODE_UTILISATION = 0.05  # assumption: the same of decoding in batches, which reads all weights for each token
 RATE_SECONDS = 0.3  # how long the matrix rate is measured
 COMPRESSED_SHARE = 0.70  # of bf16 states, measured: 0.66 to 0.70; what a cache really takes is known when it is there
 SHARD_FILE_BYTES = 16_384  # metadata, commit and samples file of a shard without its rows: 4 to 10 KB measured
@@ -123,6 +124,13 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 * count / elapsed
 
 
-def estimate_hours(*, num_parameters: int, num_tokens: int, device: torch.device, dtype: torch.dtype) -> float:
+def estimate_hours(
+    *,
+    num_parameters: int,
+    num_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    utilisation: float = ASSUMED_UTILISATION,
+) -> float:
     """Hours of forward passes: 2 operations a parameter and token, at the measured matrix rate of this device."""
-    return 2 * num_parameters * num_tokens / (measure_matrix_rate(device, dtype) * ASSUMED_UTILISATION) / 3600
+    return 2 * num_parameters * num_tokens / (measure_matrix_rate(device, dtype) * utilisation) / 3600

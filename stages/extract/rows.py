@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import fsspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.errors import StageError
@@ -35,35 +34,43 @@ class Row:
     error: str | None = None
 
 
-def expand_files(patterns: Iterable[str]) -> list[str]:
-    """All files that the patterns name, in the order given and sorted within a pattern.
+def find_files(patterns: Iterable[str], validation_patterns: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files of `data.files` and of `data.validation_files`. Raises DataError, also for a file that is in both."""
+    files = tuple(expand_files(patterns))
+    held_out = tuple(expand_files(validation_patterns, key="data.validation_files"))
+    both = sorted(set(files) & set(held_out))
+    if both:
+        raise DataError(f"data.validation_files: in data.files too: {', '.join(both)}; name each file once")
+    return files, held_out
+
+
+def expand_files(patterns: Iterable[str], *, key: str = "data.files") -> list[str]:
+    """All files that the patterns of a config key name, in the order given and sorted within a pattern.
 
     Raises DataError for a pattern without a match and for a file that is named twice.
     """
     files: list[str] = []
     for pattern in patterns:
-        found = _expand_address(pattern) if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
+        found = _expand_address(pattern, key=key) if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
         if not found:
-            raise DataError(f"data.files: nothing matches {pattern!r}; give a file, a glob or an fsspec address")
+            raise DataError(f"{key}: nothing matches {pattern!r}; give a file, a glob or an fsspec address")
         files.extend(found)
     for file in files:
         try:
             file.encode()
         except UnicodeEncodeError as error:
-            raise DataError(
-                f"data.files: the name {file!r} is not UTF-8, and the cache records it; rename it"
-            ) from error
+            raise DataError(f"{key}: the name {file!r} is not UTF-8, and the cache records it; rename it") from error
     twice = sorted({file for file in files if files.count(file) > 1})
     if twice:
-        raise DataError(f"data.files: named more than once: {', '.join(twice)}; every file is read once")
+        raise DataError(f"{key}: named more than once: {', '.join(twice)}; every file is read once")
     return files
 
 
-def _expand_address(pattern: str) -> list[str]:
+def _expand_address(pattern: str, *, key: str) -> list[str]:
     try:
         return sorted(file.full_name for file in fsspec.open_files(pattern, mode="rb"))
     except Exception as error:  # each file system has error families of its own: no network, no permission, no package
-        raise DataError(f"data.files: {pattern!r} cannot be listed: {error}") from error
+        raise DataError(f"{key}: {pattern!r} cannot be listed: {error}") from error
 
 
 def digest_files(files: Iterable[str]) -> str:
@@ -102,7 +109,7 @@ def _read_jsonl(file: str) -> Iterator[Row]:
         while True:
             try:
                 line = next(lines, None)
-            except (OSError, EOFError) as error:  # a compressed file that is cut short
+            except Exception as error:  # cut or damaged: each decompressor has error families of its own
                 raise DataError(f"{file}: row {index + 1}: the file cannot be read further: {error}") from error
             if line is None:
                 return
@@ -129,7 +136,9 @@ def _read_parquet(file: str) -> Iterator[Row]:
                 for position in range(batch.num_rows):
                     yield _parquet_row(batch, position, file=file, row=index)
                     index += 1
-    except (pa.ArrowException, OSError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # Arrow's own, the file system's, and what damaged metadata leads to
         raise DataError(f"{file}: row {index}: not a readable Parquet file: {error}") from error
 
 
@@ -138,4 +147,14 @@ def _parquet_row(batch: Any, position: int, *, file: str, row: int) -> Row:
         (value,) = batch.slice(position, 1).to_pylist()
     except UnicodeDecodeError as error:
         return Row(file=file, row=row, value=None, error=f"invalid UTF-8: {error.reason}")
-    return Row(file=file, row=row, value={key: item for key, item in value.items() if item is not None})
+    return Row(file=file, row=row, value=_drop_nulls(value))
+
+
+def _drop_nulls(value: Any) -> Any:
+    """Without null fields, however deep: Arrow fills every struct up to the fields of all, so a null means absent.
+
+    Items of lists stay as they are, and so does JSON text.
+    """
+    if isinstance(value, dict):
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value

@@ -28,8 +28,8 @@ from stages.extract.price import (
     free_bytes,
     price_tiers,
 )
-from stages.extract.rows import digest_files, expand_files, read_rows
-from stages.extract.samples import SampleCounts, plan_samples
+from stages.extract.rows import digest_files, find_files, read_rows
+from stages.extract.samples import RowPlanner, SampleCounts, plan_samples
 from stages.extract.self_check import check_shortest
 from stages.extract.settings import CacheSection, DataSection, ExtractSection, TargetSection
 from stages.extract.shards import CheckStates, ComputeStates, Progress, compute_shards
@@ -72,7 +72,7 @@ class Settings:
 class Inputs:
     """Everything known before a token is read: the target's folder, config and tokenizer, the files, the identity.
 
-    `data` is the config's section with `max_length` filled in.
+    `data` is the config's section with `max_length` filled in and the files of validation named one by one.
     """
 
     folder: Path
@@ -105,6 +105,7 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     Raises TargetError, DataError or ValueError.
     """
     target, data = settings.target, settings.data
+    files, validation_files = find_files(data.files, data.validation_files)
     folder = locate_target(target)
     config = targets.load_config(folder, trust_remote_code=target.trust_remote_code)
     shape = parse_target_shape(config)
@@ -112,7 +113,6 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     layers = settings.cache.layers or default_layers(shape.num_layers)
     check_layers(layers, num_target_layers=shape.num_layers, key="cache.layers")
     max_length = choose_max_length(data.max_length, shape.max_positions)
-    files = tuple(expand_files(data.files))
     mask_token = find_mask_token(
         tokenizer,
         vocab_size=shape.vocab_size,
@@ -121,8 +121,7 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
     )
     identity = CacheIdentity(
         format_version=FORMAT_VERSION,
-        max_samples=None,
-        validation_digest=None,
+        validation_digest=digest_files(validation_files) if validation_files else None,
         target_config_digest=digests.digest_config(config),
         target_weights_digest=digests.digest_weights(folder) if with_weights else "",
         tokenizer_digest=digests.digest_tokenizer(tokenizer),
@@ -143,15 +142,15 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
         provenance={
             "target": target.model,
             "revision": target.revision or "",
-            "data": " ".join(data.files),
+            "data": " ".join((*data.files, *data.validation_files)),
             "host": platform.node(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             **_describe_rope(shape, max_length=max_length),
-            **describe_regeneration(files, identity=identity),
+            **describe_regeneration((*files, *validation_files), identity=identity),
         },
     )
-    data = data.model_copy(update={"max_length": max_length})
+    data = data.model_copy(update={"max_length": max_length, "validation_files": validation_files})
     return Inputs(
         folder=folder,
         config=config,
@@ -205,6 +204,7 @@ def configured_identity(settings: Settings) -> dict[str, Any]:
         "overlong": settings.data.overlong,
         "supervise": settings.data.supervise,
         "min_supervised_tokens": settings.data.min_supervised_tokens,
+        "max_samples": settings.data.max_samples,
         "validation_fraction": settings.data.validation_fraction,
         "max_batch_tokens": settings.extract.max_batch_tokens,
     }
@@ -217,14 +217,18 @@ def start_counts(inputs: Inputs) -> SampleCounts:
 
 def iterate_samples(inputs: Inputs, settings: Settings, *, counts: SampleCounts) -> Iterator[PlannedSample]:
     """The samples of the cache in source order; `counts` says afterwards what was left out and why."""
+    rows = read_rows((*inputs.data.validation_files, *inputs.files))
+    return plan_samples(rows, planner=make_planner(inputs, settings), counts=counts)
+
+
+def make_planner(inputs: Inputs, settings: Settings) -> RowPlanner:
+    """What makes samples of rows."""
     eos = targets.eos_token_ids(inputs.folder, inputs.config)
-    tokenizer = SampleTokenizer(inputs.tokenizer, supervise=settings.data.supervise, eos_token_ids=eos)
-    return plan_samples(
-        read_rows(inputs.files),
-        tokenizer=tokenizer,
+    return RowPlanner(
+        tokenizer=SampleTokenizer(inputs.tokenizer, supervise=settings.data.supervise, eos_token_ids=eos),
         data=inputs.data,
         mask_token_id=inputs.header.mask_token_id,
-        counts=counts,
+        vocab_size=inputs.header.vocab_size,
     )
 
 
@@ -344,7 +348,7 @@ def commit_shards(
         writer, missing, compute=compute, check=check, head_VD=head_VD, extract=settings.extract
     ):
         computed.append(shard)
-        logger.info("%s", progress.after_shard(shard))
+        progress.log_shard(shard)
     return computed
 
 

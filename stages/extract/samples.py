@@ -1,13 +1,16 @@
 """Rows to planned samples: parse, tokenise, cut or drop, split; and the count of everything that was left out."""
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from stages.extract.conversations import parse_row
+from stages.extract.conversations import NO_ANSWER, parse_row
 from stages.extract.ordered import map_ordered
 from stages.extract.rows import BadRowError, DataError, Row
 from stages.extract.settings import DataSection
@@ -15,7 +18,18 @@ from stages.extract.tokenize import SampleTokenizer
 from storage import PlannedSample, Split
 
 EXAMPLES_PER_REASON = 3
+SPLIT_NAMES: dict[str, Split] = {
+    "train": "train",
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "test"), "validation"),
+}
+REGENERATE = "dspark regenerate lets the target answer them; name its files in data.files then"
 MIN_ROWS_TO_JUDGE = 1000  # before that many rows the share of bad ones says little, and the verdict waits for the end
+
+logger = logging.getLogger(__name__)
+
+
+class PromptsOnlyError(DataError):
+    """The rows are questions that nobody has answered yet."""
 
 
 @dataclass
@@ -27,6 +41,8 @@ class SampleCounts:
     num_tokens: int = 0
     num_supervised: int = 0
     num_truncated: int = 0
+    split_samples: Counter[Split] = field(default_factory=Counter)
+    split_tokens: Counter[Split] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -38,6 +54,15 @@ class SampleCounts:
         places = self.examples.setdefault(reason, [])
         if len(places) < EXAMPLES_PER_REASON:
             places.append(f"{row.file} row {row.row}")
+
+    def add(self, sample: PlannedSample) -> None:
+        self.num_samples += 1
+        self.num_tokens += sample.num_tokens
+        self.num_supervised += sample.num_supervised
+        self.split_samples[sample.split] += 1
+        if self.unseen_tokens:
+            self.unseen_tokens.difference_update(np.unique(sample.input_ids).tolist())
+        self.split_tokens[sample.split] += sample.num_tokens
 
     @property
     def num_bad(self) -> int:
@@ -78,12 +103,14 @@ class Outcome:
 class RowPlanner:
     """One row, numbered in the order of the source, to its outcome: a pure function, so that processes can share it.
 
-    A row that contains the mask token is bad: to the draft that token means a slot to be filled.
+    A row that contains the mask token is bad: to the draft that token means a slot to be filled. So is one with a token
+    that the target's embedding of `vocab_size` rows does not have. `data` names its files one by one.
     """
 
     tokenizer: SampleTokenizer
     data: DataSection
     mask_token_id: int | None
+    vocab_size: int
 
     def __call__(self, numbered: tuple[int, Row]) -> Outcome:
         sample_id, row = numbered
@@ -107,6 +134,8 @@ class RowPlanner:
         if int(loss_mask.sum()) < data.min_supervised_tokens:
             reason = "fewer supervised tokens than data.min_supervised_tokens"
             return Outcome(row=place, dropped=reason, is_truncated=is_truncated)
+        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < self.vocab_size:
+            raise BadRowError(f"a token id outside the target's embedding of {self.vocab_size} rows")
         if self.mask_token_id is not None and self.mask_token_id in input_ids:
             raise BadRowError(f"contains the mask token {self.mask_token_id}; choose another draft.mask_token_id")
         sample = PlannedSample(
@@ -115,62 +144,117 @@ class RowPlanner:
             source_row=row.row,
             input_ids=input_ids,
             loss_mask=loss_mask,
-            split=choose_split(input_ids, loss_mask, validation_fraction=data.validation_fraction),
+            split=self._split_by_row(row)
+            or choose_split(input_ids, loss_mask, validation_fraction=data.validation_fraction),
         )
         return Outcome(row=place, sample=sample, is_truncated=is_truncated)
 
+    def _split_by_row(self, row: Row) -> Split | None:
+        """What the row's file or its column `split` says of it. Raises BadRowError."""
+        said = _parse_split((row.value or {}).get("split"))
+        if row.file not in self.data.validation_files:
+            return said
+        if said == "train":
+            raise BadRowError("split: is train in a file of data.validation_files")
+        return "validation"
 
-def plan_samples(
-    rows: Iterable[Row],
-    *,
-    tokenizer: SampleTokenizer,
-    data: DataSection,
-    mask_token_id: int | None,
-    counts: SampleCounts,
-) -> Iterator[PlannedSample]:
+
+def plan_samples(rows: Iterable[Row], *, planner: RowPlanner, counts: SampleCounts) -> Iterator[PlannedSample]:
     """The samples of `rows` in their order, a pure function of the rows; `counts` is updated on the way.
 
-    Many rows are tokenised by `data.num_processes` processes. Raises DataError when more than `data.max_bad_fraction`
-    of the rows are bad, or when nothing is left at the end.
+    Rows of `data.validation_files` come first. Many rows are tokenised by `data.num_processes` processes. Warns of a
+    split without a sample. Raises DataError when more than `data.max_bad_fraction` of the rows are bad, or when nothing
+    is left at the end.
     """
-    planner = RowPlanner(tokenizer=tokenizer, data=data, mask_token_id=mask_token_id)
-    for outcome in map_ordered(planner, enumerate(rows), num_processes=data.num_processes):
-        counts.num_rows += 1
-        counts.num_truncated += outcome.is_truncated
-        if outcome.bad is not None:
-            counts.record(counts.bad, reason=outcome.bad, row=outcome.row)
-            if counts.num_rows >= MIN_ROWS_TO_JUDGE:
-                _check_bad_fraction(counts, data)
-        elif outcome.dropped is not None:
-            counts.record(counts.dropped, reason=outcome.dropped, row=outcome.row)
-        elif outcome.sample is not None:
-            counts.num_samples += 1
-            if counts.unseen_tokens:
-                counts.unseen_tokens.difference_update(np.unique(outcome.sample.input_ids).tolist())
-            counts.num_tokens += outcome.sample.num_tokens
-            counts.num_supervised += outcome.sample.num_supervised
-            yield outcome.sample
+    data = planner.data
+    held_out: set[bytes] = set()
+    num_taken = 0
+    with closing(map_ordered(planner, enumerate(rows), num_processes=data.num_processes)) as outcomes:
+        for outcome in outcomes:
+            _count_row(outcome, counts, data)
+            sample = outcome.sample
+            if sample is None:
+                continue
+            is_from_validation_file = sample.source_file in data.validation_files
+            if is_from_validation_file:
+                held_out.add(_hash_prompt(sample))
+            elif held_out and _hash_prompt(sample) in held_out:
+                counts.record(counts.dropped, reason="its prompt is in data.validation_files", row=outcome.row)
+                continue
+            counts.add(sample)
+            yield sample
+            num_taken += not is_from_validation_file
+            if num_taken == data.max_samples:
+                break
     _check_bad_fraction(counts, data)
     if not counts.num_samples:
         raise DataError("\n".join(["no sample is left to train on", *counts.describe()]))
+    _warn_of_empty_split(counts)
+
+
+def _count_row(outcome: Outcome, counts: SampleCounts, data: DataSection) -> None:
+    counts.num_rows += 1
+    counts.num_truncated += outcome.is_truncated
+    if outcome.dropped is not None:
+        counts.record(counts.dropped, reason=outcome.dropped, row=outcome.row)
+    if outcome.bad is not None:
+        counts.record(counts.bad, reason=outcome.bad, row=outcome.row)
+        if counts.num_rows >= MIN_ROWS_TO_JUDGE:
+            _check_bad_fraction(counts, data)
+
+
+def _warn_of_empty_split(counts: SampleCounts) -> None:
+    if not counts.split_samples["validation"]:
+        logger.warning(
+            "no sample is held out, so train cannot measure its draft and sweep refuses the cache; set "
+            "data.validation_fraction (with few prompts a larger one) or data.validation_files, or give rows a column "
+            "split"
+        )
+    if not counts.split_samples["train"]:
+        logger.warning("every sample is held out, so train refuses the cache; lower data.validation_fraction")
+
+
+def _parse_split(value: Any) -> Split | None:
+    if value is None:
+        return None
+    split = SPLIT_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
+    if split is None:
+        raise BadRowError(f"split: expected one of {', '.join(SPLIT_NAMES)}, got {str(value)[:40]!r}")
+    return split
 
 
 def choose_split(input_ids: np.ndarray, loss_mask: np.ndarray, *, validation_fraction: float) -> Split:
     """By a hash of the tokens before the first supervised one; of all tokens, if that is the first."""
+    number = int.from_bytes(_hash_tokens(input_ids, loss_mask), "little")
+    return "validation" if number < validation_fraction * 2**64 else "train"
+
+
+def _hash_prompt(sample: PlannedSample) -> bytes:
+    return _hash_tokens(sample.input_ids, sample.loss_mask)
+
+
+def _hash_tokens(input_ids: np.ndarray, loss_mask: np.ndarray) -> bytes:
     first = int(np.argmax(loss_mask))
     prompt = input_ids[:first] if first else input_ids
-    digest = hashlib.blake2b(np.ascontiguousarray(prompt, dtype="<i4").tobytes(), digest_size=8).digest()
-    return "validation" if int.from_bytes(digest, "little") < validation_fraction * 2**64 else "train"
+    return hashlib.blake2b(np.ascontiguousarray(prompt, dtype="<i4").tobytes(), digest_size=8).digest()
 
 
 def _check_bad_fraction(counts: SampleCounts, data: DataSection) -> None:
-    if counts.num_bad > data.max_bad_fraction * counts.num_rows:
-        raise DataError(
-            "\n".join(
-                [
-                    f"{counts.num_bad:,} of the first {counts.num_rows:,} rows are bad, more than "
-                    f"data.max_bad_fraction = {data.max_bad_fraction}; mend them or raise the limit",
-                    *counts.describe(),
-                ]
-            )
+    if counts.num_bad <= data.max_bad_fraction * counts.num_rows:
+        return
+    num_prompts = counts.bad[NO_ANSWER]
+    if not counts.num_samples and num_prompts >= (1 - data.max_bad_fraction) * counts.num_rows:
+        raise PromptsOnlyError(
+            f"{num_prompts:,} of the first {counts.num_rows:,} rows are prompts that nobody has answered; {REGENERATE}"
         )
+    advice = [f"{num_prompts:,} rows are prompts that nobody has answered; {REGENERATE}"] if num_prompts else []
+    raise DataError(
+        "\n".join(
+            [
+                f"{counts.num_bad:,} of the first {counts.num_rows:,} rows are bad, more than "
+                f"data.max_bad_fraction = {data.max_bad_fraction}; mend them or raise the limit",
+                *counts.describe(),
+                *advice,
+            ]
+        )
+    )

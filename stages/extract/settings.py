@@ -1,9 +1,9 @@
 """Config sections of stage one: `[target]`, `[data]`, `[cache]`, `[extract]`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainValidator, field_validator
+from pydantic import BeforeValidator, Field, PlainValidator, field_validator, model_validator
 
 from stages.errors import SettingError
 from stages.section import Section, parse_layer_ids
@@ -51,14 +51,32 @@ class DataSection(Section):
     """Which assistant turns the loss mask covers."""
     min_supervised_tokens: int = Field(default=14, ge=2)
     """Samples with fewer supervised tokens are dropped and counted. Two tokens make one anchor."""
+    max_samples: int | None = Field(default=None, ge=1)
+    """So many samples of `files` and no more: the first that can be used, in the order of files and rows."""
     validation_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
-    """Share of prompts held out, by a hash of the prompt's tokens: equal prompts are on one side of the split."""
+    """Share of prompts held out, by a hash of the prompt's tokens: equal prompts are on one side of the split. A row's
+    own column `split` (train, validation) goes before it. With `validation_files`: 0."""
+    validation_files: Annotated[tuple[str, ...], BeforeValidator(_parse_files)] = ()
+    """Files, named as in `files`, that are held out whole. Rows of `files` with a prompt of theirs are dropped."""
     max_bad_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of unreadable rows above which the run stops."""
     num_processes: int | None = Field(default=None, ge=1)
     """Processes that tokenise many rows. Default: one a core. The samples do not depend on it."""
     chat_template: Path | None = None
     """A Jinja file that replaces the tokenizer's own chat template."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hold_out_by_files(cls, tables: Any) -> Any:
+        """Files that are named for validation take the place of the default share."""
+        is_named = isinstance(tables, dict) and tables.get("validation_files")
+        return {"validation_fraction": 0.0} | tables if is_named else tables
+
+    @model_validator(mode="after")
+    def _check_held_out(self) -> Self:
+        if self.validation_files and self.validation_fraction:
+            raise ValueError("validation_fraction must be 0, or not set, where validation_files are named")
+        return self
 
 
 class CacheSection(Section):

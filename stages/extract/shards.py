@@ -28,6 +28,7 @@ from stages.extract.capture import CapturedBatch, find_non_finite
 from stages.extract.decode_error import choose_positions, total_variation
 from stages.extract.settings import ExtractSection
 from storage import CacheBusyError, CachePlan, CacheWriter, PlannedSample, ShardWriter, plan_batches
+from storage.progress import Position, log_position
 
 MAX_BATCHES_ALIVE = 8
 
@@ -217,14 +218,18 @@ class Progress:
         self._num_shards = len(shards)
         self._started = time.monotonic()
 
-    def after_shard(self, shard: int) -> str:
+    def log_shard(self, shard: int) -> None:
+        """Say that a shard is done, and how far that is."""
         self._shards += 1
         self._tokens += self._plan.planned_shard(shard).num_tokens
         seconds = time.monotonic() - self._started
         rate = self._tokens / seconds
-        eta = time.strftime("%H:%M:%S", time.gmtime((self._total - self._tokens) / rate))
+        left = (self._total - self._tokens) / rate
+        eta = time.strftime("%H:%M:%S", time.gmtime(left))
         num_bytes = self._tokens * self._plan.header.token_bytes
-        return (
+        log_position(
+            logger,
+            Position(name="extract", done=self._shards, total=self._num_shards, eta_seconds=left),
             f"shard {shard:6d}  {self._shards:6d}/{self._num_shards}  {self._tokens:13,d}/{self._total:,d} tokens  "
-            f"{rate:9,.0f} tok/s  {num_bytes / 1e9:9.3f} GB  {num_bytes / 1e6 / seconds:7.1f} MB/s  ETA {eta}"
+            f"{rate:9,.0f} tok/s  {num_bytes / 1e9:9.3f} GB  {num_bytes / 1e6 / seconds:7.1f} MB/s  ETA {eta}",
         )

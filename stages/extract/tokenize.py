@@ -7,6 +7,7 @@ import numpy as np
 
 from stages.extract.conversations import Chat, Text, Tokens
 from stages.extract.rows import BadRowError, DataError
+from stages.extract.shown import show_all
 
 THINKING_END = "</think>"
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -35,6 +36,7 @@ class SampleTokenizer:
         if isinstance(row, Text):
             ids = np.asarray(self._tokenizer(row.text)["input_ids"], dtype=np.int32)
             return Tokens(input_ids=ids, loss_mask=np.ones(len(ids), dtype=np.uint8))
+        row = show_all(row, lambda chat: self._render(chat.messages, chat, tokenize=False), supervise=self._supervise)
         self._check_tool_calls(row)
         has_markers = _GENERATION_MARKER.search(self._template(row))
         tokens = self._mask_by_markers(row) if has_markers else self._mask_by_offsets(row)

@@ -6,11 +6,12 @@ that every row would meet, which ends the run.
 """
 
 import asyncio
+import json
 import os
 import random
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -18,9 +19,9 @@ from urllib.request import getproxies
 
 import openai
 from openai import AsyncOpenAI
-from openai.types.chat import ChatCompletion, ChatCompletionMessage
 
 from stages.errors import SettingError
+from stages.regenerate.completion import AskError, MalformedError, parse_completion
 from stages.regenerate.dialogue import Answer, Dialogue, Outcome
 from stages.regenerate.prompts import Message, Prompt, seed_of
 from stages.regenerate.render import NO_ROOM, PromptRenderer, RenderError, plan_tokens
@@ -35,17 +36,27 @@ MAX_BACKOFF_SECONDS = 8.0  # as the client's
 MIN_FAILURES_TO_STOP = 32
 FIRST = asyncio.FIRST_COMPLETED
 MAX_DETAIL_CHARS = 300
-MAX_COUNT = 2**31 - 1  # tokens of one answer; a number beyond it is noise, and too large a one has no rate
+THINKING_START, THINKING_END = "<think>", "</think>"
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")  # the client's
 NO_KEY = "none"  # servers without a key ignore it, and the client wants one
 
 
-class AskError(Exception):
-    """There is no answer to one row; the message is the cause that the report counts."""
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """Fields that not every server takes: the name of the token limit, and vLLM's request for token ids."""
 
+    limit: str = "max_tokens"
+    asks_ids: bool = True
 
-class MalformedError(AskError):
-    """The endpoint sent something that is no chat completion."""
+    def after(self, refusal: openai.APIStatusError) -> "Form | None":
+        """The form in which to ask instead, if the refusal names a field of this one."""
+        if refusal.status_code not in (400, 422):
+            return None
+        if self.limit == "max_tokens" and "max_completion_tokens" in refusal.response.text:
+            return replace(self, limit="max_completion_tokens")
+        if self.asks_ids and "return_token_ids" in refusal.response.text:
+            return replace(self, asks_ids=False)
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,30 +68,42 @@ class Endpoint:
     section: RegenerateSection
     max_length: int
     renderer: PromptRenderer
+    end_ids: frozenset[int]
+    """Tokens that end an answer of the target."""
+    forms: list[Form] = field(default_factory=lambda: [Form()])
+    """The last is what the server took."""
 
     async def ask(self, messages: list[Message], *, tools: list[Any] | None, max_tokens: int, seed: int) -> Answer:
         """One answer. Raises AskError for this row's trouble, RegenerationError for everybody's."""
-        request = plan_request(self, messages, tools=tools, max_tokens=max_tokens, seed=seed)
+        request = plan_request(self, messages, tools=tools, seed=seed)
         for attempt in range(self.section.max_retries + 1):
             try:
-                return await self._complete(request)
+                return await self._complete(request, form=self.forms[-1], max_tokens=max_tokens)
             except openai.OpenAIError as error:
                 raise self._explain(error) from error
-            except MalformedError as error:
+            except MalformedError:
                 if attempt == self.section.max_retries:
-                    raise AskError(f"malformed answer: {error}") from error
+                    raise
                 await asyncio.sleep(min(0.5 * 2**attempt, MAX_BACKOFF_SECONDS) * random.uniform(0.75, 1.0))  # noqa: S311
         raise AssertionError("the last attempt returns or raises")
 
-    async def _complete(self, request: dict[str, Any]) -> Answer:
-        """Raises OpenAIError and MalformedError."""
+    async def _complete(self, request: dict[str, Any], *, form: Form, max_tokens: int) -> Answer:
+        """Asks in another form where a refusal names one, and remembers what was taken. Raises OpenAIError and
+        MalformedError."""
+        asked = {"extra_body": ({"return_token_ids": True} if form.asks_ids else {}) | request["extra_body"]}
         try:
-            completion = await self.client.chat.completions.create(**request)
+            completion = await self.client.chat.completions.create(**request | asked | {form.limit: max_tokens})
+        except openai.APIStatusError as error:
+            if (other := form.after(error)) is None:
+                raise
+            return await self._complete(request, form=other, max_tokens=max_tokens)
         except openai.OpenAIError:
             raise
         except Exception as error:  # no JSON, too deep, an unknown charset: each decoder has errors of its own
-            raise MalformedError(self._scrub(str(error) or type(error).__name__)) from error
-        return parse_completion(completion)
+            raise MalformedError(f"malformed answer: {self._scrub(str(error) or type(error).__name__)}") from error
+        if form != self.forms[-1]:
+            self.forms.append(form)
+        return parse_completion(completion, renderer=self.renderer, end_ids=self.end_ids)
 
     async def converse(self, prompt: Prompt) -> Outcome:
         """Ask for one turn after the other. Raises RegenerationError for trouble that every row would meet."""
@@ -88,30 +111,51 @@ class Endpoint:
         dialogue = Dialogue(prompt, keep_truncated=section.truncated == "keep")
         while dialogue.is_open:
             try:
-                num_prompt = len(self.renderer(dialogue.messages, tools=dialogue.tools))
-                room = plan_tokens(num_prompt, max_tokens=section.max_tokens, max_length=self.max_length)
+                rendered = self.renderer(dialogue.messages, tools=dialogue.tools)
+                room = plan_tokens(len(rendered), max_tokens=section.max_tokens, max_length=self.max_length)
                 if room < 1:
                     dialogue.end(NO_ROOM)
                     break
                 seed = seed_of(section.seed, row=dialogue.row, turn=dialogue.turn)
                 answer = await self.ask(dialogue.messages, tools=dialogue.tools, max_tokens=room, seed=seed)
-                self._check_reasoning(answer, dialogue)
-                dialogue.take(answer, num_prompt_tokens=num_prompt)
+                dialogue.take(self._settle(answer, dialogue, rendered=rendered), rendered=rendered)
             except (RenderError, AskError) as error:
                 dialogue.fail(str(error))
         return dialogue.outcome()
 
-    def _check_reasoning(self, answer: Answer, dialogue: Dialogue) -> None:
+    def _settle(self, answer: Answer, dialogue: Dialogue, *, rendered: list[int]) -> Answer:
+        """The answer as it can be cached where its ids are not known: a text that the template shows whole, and one
+        that was cut as ids of its own, since rendering would give it an end that nobody sampled.
+
+        Raises RegenerationError for thinking that the cache would lack."""
+        if answer.is_exact or answer.calls_tool or answer.fault:
+            return answer
+        if answer.is_complete:
+            self._check_thinking(answer, dialogue)
+            return answer
+        if answer.reasoning and self.section.truncated == "keep":
+            return replace(answer, fault="a cut answer whose thinking came apart from it, without token ids")
+        return replace(answer, ids=self.renderer.encode(answer.content), prompt_ids=rendered)
+
+    def _check_thinking(self, answer: Answer, dialogue: Dialogue) -> None:
         """An answer that the cache would hold without the thinking before it is none that the target gives."""
-        if not answer.reasoning:
+        thought, _, _ = answer.content.rpartition(THINKING_END)
+        thought = answer.reasoning or thought.replace(THINKING_START, "")
+        if not thought.strip():
             return
-        said = {"role": "assistant", "content": answer.content, "reasoning_content": answer.reasoning}
-        if not self.renderer.shows([*dialogue.messages, said], answer.reasoning, tools=dialogue.tools):
-            raise RegenerationError(
-                f"{self.url}: sends thinking apart from the answer, and the target's chat template does not render "
-                "reasoning_content, so the cache would lack it; start the server without a reasoning parser, switch "
-                "it off in regenerate.chat_template_kwargs, or name a template that renders it in data.chat_template"
-            )
+        said = {"role": "assistant", "content": answer.content}
+        said |= {"reasoning_content": answer.reasoning} if answer.reasoning else {}
+        if self.renderer.shows([*dialogue.messages, said], thought, tools=dialogue.tools):
+            return
+        if answer.reasoning:
+            what, advice = "apart from the answer", "does not render reasoning_content"
+        else:
+            what, advice = f"before {THINKING_END} in the answer", "leaves that out"
+        raise RegenerationError(
+            f"{self.url}: sends thinking {what}, and the target's chat template {advice}, so the cache would lack it; "
+            "take a server that gives token ids (vLLM), start this one without a reasoning parser, switch thinking off "
+            "in regenerate.chat_template_kwargs, or name a template that renders it in data.chat_template"
+        )
 
     def _explain(self, error: openai.OpenAIError) -> Exception:
         """The error of a row, or of the run."""
@@ -171,6 +215,7 @@ async def _converse_all(endpoint: Endpoint, waiting: Iterator[Prompt], work: Wor
                 timing = {"timeout": GRACE_SECONDS} if is_last else {"timeout": POLL_SECONDS, "return_when": FIRST}
                 done, pending = await asyncio.wait(pending, **timing)
                 watch.check(_record(done, work), url=endpoint.url)
+                work.tell()
                 if is_last:
                     return
         finally:
@@ -270,48 +315,29 @@ def parse_key(text: str) -> str:
     return key or NO_KEY
 
 
-def plan_request(
-    endpoint: Endpoint, messages: list[Message], *, tools: list[Any] | None, max_tokens: int, seed: int
-) -> dict[str, Any]:
-    """The fields of one request."""
+def plan_request(endpoint: Endpoint, messages: list[Message], *, tools: list[Any] | None, seed: int) -> dict[str, Any]:
+    """The fields of one request that every server takes."""
     section = endpoint.section
     variables = {"chat_template_kwargs": section.chat_template_kwargs} if section.chat_template_kwargs else {}
     request = {
         "model": endpoint.model,
-        "messages": messages,
+        "messages": [_to_request(message) for message in messages],
         "temperature": section.temperature,
         "top_p": section.top_p,
-        "max_tokens": max_tokens,
         "seed": seed,
         "extra_body": variables | section.extra_body,
     }
     return request | ({"tools": tools} if tools else {})
 
 
-def parse_completion(completion: Any) -> Answer:
-    """The client checks nothing of what arrives. Raises MalformedError.
-
-    Thinking may come in a field of its own, `reasoning_content` or `reasoning`, or within the content.
-    """
-    choices: Any = completion.choices if isinstance(completion, ChatCompletion) else None
-    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
-    if not isinstance(message, ChatCompletionMessage):
-        raise MalformedError("no chat completion")
-    content = message.content or ""
-    reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-    if not isinstance(content, str) or not isinstance(reasoning, str | None):
-        raise MalformedError("content that is no text")
-    usage = completion.usage
-    return Answer(
-        content=content,
-        reasoning=reasoning,
-        is_complete=choices[0].finish_reason not in (None, "length", "content_filter"),
-        calls_tool=bool(message.tool_calls),
-        num_tokens=_count(usage, "completion_tokens") or 0,
-        num_prompt_tokens=_count(usage, "prompt_tokens"),
-    )
+def _to_request(message: Message) -> Message:
+    """A message as the API takes it: arguments of tool calls as JSON text, nothing of the loss."""
+    fields = {key: value for key, value in message.items() if key not in ("weight", "tool_calls")}
+    calls = [_encode_call(call) for call in message.get("tool_calls", ())]
+    return fields | ({"tool_calls": calls} if calls else {})
 
 
-def _count(usage: Any, name: str) -> int | None:
-    count = getattr(usage, name, None)
-    return count if isinstance(count, int) and 0 <= count <= MAX_COUNT else None
+def _encode_call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"] if isinstance(call.get("function"), dict) else call
+    encoded = {**function, "arguments": json.dumps(function.get("arguments", {}), ensure_ascii=False)}
+    return encoded if function is call else {**call, "function": encoded}

@@ -6,6 +6,7 @@ not the run was interrupted, so the answers are the same bits.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -46,19 +47,18 @@ class StopAskedError(Exception):
 
 
 def run_local(target: LocalTarget, prompts: Iterable[Prompt], work: Work) -> None:
-    """The back end. A batch is recorded as a whole; one with an unfinished row is computed again."""
+    """The back end. A batch is recorded as a whole, and on a stop those of its rows that are finished; one with an
+    unfinished row is computed again."""
     for batch in plan_batches(target.renderer, prompts, batch_size=target.section.batch_size, is_done=work.is_finished):
         if work.is_stopped():
             return
         dialogues = [Dialogue(prompt, keep_truncated=target.section.truncated == "keep") for prompt in batch]
         try:
-            answer_batch(target, dialogues, is_stopped=work.is_stopped)
+            answer_batch(target, dialogues, is_stopped=work.is_stopped, work=work)
         except StopAskedError:
-            return
-        open_rows = (
-            dialogue for prompt, dialogue in zip(batch, dialogues, strict=True) if not work.is_finished(prompt)
-        )
-        work.record([dialogue.outcome() for dialogue in open_rows])
+            dialogues = [dialogue for dialogue in dialogues if not dialogue.is_open]
+        done = {prompt.row for prompt in batch if work.is_finished(prompt)}
+        work.record([dialogue.outcome() for dialogue in dialogues if dialogue.row not in done])
 
 
 def plan_batches(
@@ -83,13 +83,51 @@ def _count_first_tokens(renderer: PromptRenderer, prompt: Prompt) -> int:
         return 0
 
 
-def answer_batch(target: LocalTarget, dialogues: list[Dialogue], *, is_stopped: Callable[[], bool]) -> None:
-    """Answer all turns of all dialogues, those that are open together. Raises StopAskedError, RegenerationError."""
+def answer_batch(
+    target: LocalTarget, dialogues: list[Dialogue], *, is_stopped: Callable[[], bool], work: Work | None = None
+) -> None:
+    """Answer all turns of all dialogues, those that are open together; `work` is told how far they are.
+
+    Raises RegenerationError, and StopAskedError once what was finished by then is in the dialogues.
+    """
     while any(dialogue.is_open for dialogue in dialogues):
         asked = [(dialogue, ids) for dialogue in dialogues if (ids := _render_next(target, dialogue)) is not None]
-        if asked:
-            for (dialogue, ids), answer in zip(asked, generate(target, asked, is_stopped=is_stopped), strict=True):
-                dialogue.take(_read_answer(target, answer), num_prompt_tokens=len(ids))
+        if not asked:
+            continue
+        tell = None if work is None else partial(_tell, work, dialogues, asked)
+        said, was_stopped = generate(target, asked, is_stopped=is_stopped, tell=tell)
+        for (dialogue, prompt_ids), turn in zip(asked, said, strict=True):
+            if turn.is_over:
+                dialogue.take(_read_answer(target, turn, prompt_ids=prompt_ids), rendered=prompt_ids)
+        if was_stopped:
+            raise StopAskedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaidTurn:
+    """The new token ids of a row so far. `is_over`: it has ended, or reached its limit."""
+
+    ids: list[int]
+    has_ended: bool
+    is_over: bool
+
+
+Tell = Callable[[Callable[[], list[SaidTurn]]], None]
+
+
+def _tell(
+    work: Work, dialogues: list[Dialogue], asked: list[tuple[Dialogue, list[int]]], read: Callable[[], list[SaidTurn]]
+) -> None:
+    """Say how far a batch is, if it is time to; `read` gives the turns that are being said."""
+    if not work.is_due():
+        return
+    said = read()
+    over = [(dialogue, turn) for (dialogue, _), turn in zip(asked, said, strict=True) if turn.is_over]
+    work.tell(
+        num_rows=sum(d.share_done for d in dialogues) + sum(d.share_of_a_turn for d, _ in over),
+        num_tokens=sum(d.num_tokens for d in dialogues) + sum(len(turn.ids) for turn in said),
+        num_unfinished=sum(d.num_unfinished for d in dialogues) + sum(not turn.has_ended for _, turn in over),
+    )
 
 
 def _render_next(target: LocalTarget, dialogue: Dialogue) -> list[int] | None:
@@ -111,9 +149,15 @@ def _limit(target: LocalTarget, ids: list[int]) -> int:
     return plan_tokens(len(ids), max_tokens=target.section.max_tokens, max_length=target.max_length)
 
 
-def _read_answer(target: LocalTarget, ids: list[int]) -> Answer:
-    ended = bool(ids) and ids[-1] in target.end_ids
-    return Answer(content=target.renderer.decode(ids[:-1] if ended else ids), is_complete=ended, num_tokens=len(ids))
+def _read_answer(target: LocalTarget, turn: SaidTurn, *, prompt_ids: list[int]) -> Answer:
+    return Answer(
+        content=target.renderer.decode(turn.ids[:-1] if turn.has_ended else turn.ids),
+        is_complete=turn.has_ended,
+        num_tokens=len(turn.ids),
+        ids=turn.ids,
+        prompt_ids=prompt_ids,
+        is_exact=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +202,24 @@ def pad_prompts(target: LocalTarget, asked: list[tuple[Dialogue, list[int]]]) ->
 
 @torch.inference_mode()
 def generate(
-    target: LocalTarget, asked: list[tuple[Dialogue, list[int]]], *, is_stopped: Callable[[], bool]
-) -> list[list[int]]:
-    """New token ids of every row, up to its first end-of-turn token or its limit. Raises StopAskedError."""
+    target: LocalTarget,
+    asked: list[tuple[Dialogue, list[int]]],
+    *,
+    is_stopped: Callable[[], bool],
+    tell: Tell | None = None,
+) -> tuple[list[SaidTurn], bool]:
+    """What every row says, and whether a stop was asked for before all of them were over.
+
+    `tell` is called for each token with what reads the rows as they are then.
+    """
     batch = pad_prompts(target, asked)
-    limiter = RowLimits(batch.limits, num_prompt_tokens=batch.num_prompt_tokens, is_stopped=is_stopped)
+
+    def watch(output: torch.Tensor) -> bool:
+        if tell is not None:
+            tell(lambda: _read_rows(target, batch, output))
+        return is_stopped()
+
+    limiter = RowLimits(batch.limits, num_prompt_tokens=batch.num_prompt_tokens, is_stopped=watch)
     # The model's own generation config would add its penalties and cuts to what was asked for.
     target.model.generation_config = GenerationConfig(
         do_sample=False,
@@ -182,10 +239,18 @@ def generate(
             f"{len(asked)} conversations of up to {batch.num_prompt_tokens + batch.max_new_tokens:,} tokens do not fit "
             "into the device's memory; lower regenerate.batch_size or regenerate.max_tokens"
         ) from error
-    if limiter.was_stopped:
-        raise StopAskedError
+    return _read_rows(target, batch, output), limiter.was_stopped
+
+
+def _read_rows(target: LocalTarget, batch: Batch, output: torch.Tensor) -> list[SaidTurn]:
+    """New token ids of every row, up to its first end-of-turn token or its limit."""
     rows = zip(output[:, batch.num_prompt_tokens :].tolist(), batch.limits.tolist(), strict=True)
-    return [_cut(ids[:limit], target.end_ids) for ids, limit in rows]
+    turns = []
+    for ids, limit in rows:
+        own = _cut(ids[:limit], target.end_ids)
+        has_ended = bool(own) and own[-1] in target.end_ids
+        turns.append(SaidTurn(ids=own, has_ended=has_ended, is_over=has_ended or len(own) == limit))
+    return turns
 
 
 def _make_processors(section: RegenerateSection, batch: Batch) -> LogitsProcessorList:

@@ -1,6 +1,6 @@
 """From the journal to what is read: conversations in the order of the rows, failures, and the manifest last.
 
-OUT/conversations-00000.jsonl   rows 0 to 9,999 of the source, those that were answered
+OUT/conversations-00000.jsonl   rows 0 to 9,999 of the source, those that were answered, one line or several for each
 OUT/regeneration.json           what they were made by, counts, and the files' sizes
 OUT/work/outcomes.log           the journal
 OUT/work/failures.jsonl         rows without a conversation: row, kind, reason
@@ -17,6 +17,7 @@ from typing import IO
 
 from stages.regenerate.dialogue import Outcome
 from stages.regenerate.disk import disk_errors
+from stages.regenerate.sampled_rows import SampledRow, render_row
 from stages.regeneration_record import (
     MANIFEST,
     RegenerationCounts,
@@ -26,6 +27,7 @@ from stages.regeneration_record import (
     parse_manifest,
 )
 from storage.files import sync_directory
+from storage.layout import parse_temp
 from storage.temps import remove_stale_temps, temp_path
 
 ROWS_A_FILE = 10_000
@@ -38,7 +40,9 @@ def prepare_folder(folder: Path, manifest: RegenerationManifest) -> None:
     """Make the folder ours: a new or empty one, or one of the same identity. Raises RegenerationError otherwise."""
     found = read_manifest(folder)
     if found is None:
-        foreign = sorted(entry.name for entry in folder.iterdir() if entry.name != WORK) if folder.is_dir() else []
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        # A run that was killed before its manifest had its name leaves a temporary one.
+        foreign = sorted(name for name in names if name != WORK and parse_temp(name) is None)
         if foreign:
             raise RegenerationError(
                 f"{folder}: holds {', '.join(foreign[:5])}, but no {MANIFEST}; name a new or empty folder"
@@ -73,7 +77,7 @@ def publish(folder: Path, outcomes: Iterable[Outcome], *, manifest: Regeneration
                 for outcome in group:
                     counter.count(outcome)
                     if outcome.kind == "answered":
-                        stream.write(_render_conversation(outcome))
+                        stream.writelines(_render_conversation(outcome))
                     else:
                         failures.write(_render_failure(outcome))
             files[file.name] = file.stat().st_size
@@ -100,11 +104,12 @@ def _check_identity(found: RegenerationIdentity, wanted: RegenerationIdentity, *
         )
 
 
-def _render_conversation(outcome: Outcome) -> bytes:
-    fields = {"row": outcome.row, "messages": outcome.messages}
-    if outcome.tools:
-        fields["tools"] = outcome.tools
-    return (json.dumps(fields, ensure_ascii=True) + "\n").encode("ascii")
+def _render_conversation(outcome: Outcome) -> Iterator[bytes]:
+    """A line for each of the conversation's rows."""
+    tools = {"tools": outcome.tools} if outcome.tools else {}
+    for row in outcome.rows or [SampledRow(num_messages=len(outcome.messages))]:
+        fields = {"row": outcome.row, **render_row(row, outcome.messages), **tools}
+        yield (json.dumps(fields, ensure_ascii=True) + "\n").encode("ascii")
 
 
 def _render_failure(outcome: Outcome) -> bytes:
@@ -123,17 +128,30 @@ class _Counter:
     def count(self, outcome: Outcome) -> None:
         self._sums["tokens"] += outcome.num_tokens
         self._sums["prompt_mismatches"] += outcome.num_mismatches
+        self._sums["unfinished"] += outcome.num_unfinished
         if outcome.kind == "answered":
             self._sums["answered"] += 1
             self._sums["turns"] += outcome.num_turns
             self._sums["truncated"] += outcome.num_truncated
             self._sums["cut"] += outcome.reason is not None
+            self._sums["text"] += outcome.has_text
+            self._sums["id_rows"] += sum(row.input_ids is not None for row in outcome.rows)
         else:
             reasons = self._dropped if outcome.kind == "dropped" else self._failed
             reasons[(outcome.reason or "unknown").partition(": ")[0]] += 1
 
     def counts(self) -> RegenerationCounts:
-        names = ("answered", "turns", "tokens", "truncated", "cut", "prompt_mismatches")
+        names = (
+            "answered",
+            "turns",
+            "tokens",
+            "truncated",
+            "cut",
+            "prompt_mismatches",
+            "unfinished",
+            "text",
+            "id_rows",
+        )
         return RegenerationCounts(
             **{f"num_{name}": self._sums[name] for name in names},
             dropped=dict(self._dropped),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from stages.regenerate.prompts import Message
+from stages.thinking import name_thinking
 
 NO_ROOM = "the prompt leaves no room in data.max_length"
 
@@ -27,7 +28,12 @@ class PromptRenderer:
         """Whether the template renders a text that some message of the conversation carries. Raises RenderError."""
         return text.strip() in str(self._apply(messages, tools=tools, tokenize=False))
 
-    def _apply(self, messages: list[Message], **options: Any) -> Any:
+    def _apply(self, messages: list[Message], *, tools: list[Any] | None, **options: Any) -> Any:
+        """With the thinking of earlier turns under the template's name for it; one without a name shows none."""
+        named = name_thinking(messages, lambda some: str(self._apply_as_is(some, tools=tools, tokenize=False)))
+        return self._apply_as_is(named or messages, tools=tools, **options)
+
+    def _apply_as_is(self, messages: list[Message], **options: Any) -> Any:
         try:
             return self._tokenizer.apply_chat_template(messages, **options, **self._variables)
         except Exception as error:  # a template is a program: it can raise anything
@@ -36,6 +42,16 @@ class PromptRenderer:
     def decode(self, ids: list[int]) -> str:
         """Text of answer tokens, markers of thinking and of tool calls included."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def spell(self, ids: list[int]) -> tuple[str, str]:
+        """The text of an answer's tokens as a server may give it: with and without markers."""
+        return self.decode(ids), str(
+            self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of an answer that is known as text alone."""
+        return [int(token) for token in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def plan_tokens(num_prompt_tokens: int, *, max_tokens: int | None, max_length: int) -> int:

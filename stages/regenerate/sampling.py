@@ -35,14 +35,19 @@ class SeededSampler:
 
 
 class RowLimits:
-    """A stopping criterion of transformers: each row's own number of new tokens, and the end of all when stopped."""
+    """A stopping criterion of transformers: each row's own number of new tokens, and the end of all when stopped.
 
-    def __init__(self, limits_B: torch.Tensor, *, num_prompt_tokens: int, is_stopped: Callable[[], bool]) -> None:
+    `is_stopped` is asked once a token, and shown prompts and answers so far.
+    """
+
+    def __init__(
+        self, limits_B: torch.Tensor, *, num_prompt_tokens: int, is_stopped: Callable[[torch.Tensor], bool]
+    ) -> None:
         self._limits_B = limits_B
         self._num_prompt_tokens = num_prompt_tokens
         self._is_stopped = is_stopped
         self.was_stopped = False
 
     def __call__(self, input_ids: torch.Tensor, _scores: Any, **_options: Any) -> torch.Tensor:
-        self.was_stopped = self.was_stopped or self._is_stopped()
+        self.was_stopped = self.was_stopped or self._is_stopped(input_ids)
         return (input_ids.shape[1] - self._num_prompt_tokens >= self._limits_B) | self.was_stopped

@@ -19,7 +19,7 @@ class Work:
     def __init__(self, journal: Journal, *, num_total: int, is_stopped: Callable[[], bool]) -> None:
         self._journal = journal
         self._num_total = num_total
-        self._num_recorded = self._num_failed = self._num_tokens = 0
+        self._num_recorded = self._num_failed = self._num_tokens = self._num_unfinished = 0
         self._started = self._told_at = time.monotonic()
         self.is_stopped = is_stopped
 
@@ -37,19 +37,27 @@ class Work:
         self._num_recorded += len(outcomes)
         self._num_failed += sum(outcome.kind == "failed" for outcome in outcomes)
         self._num_tokens += sum(outcome.num_tokens for outcome in outcomes)
-        now = time.monotonic()
-        if now - self._told_at > PROGRESS_SECONDS:
-            self._told_at = now
-            logger.info("%s", self._describe(seconds=now - self._started))
+        self._num_unfinished += sum(outcome.num_unfinished for outcome in outcomes)
+        self.tell()
 
-    def _describe(self, *, seconds: float) -> str:
+    def is_due(self) -> bool:
+        """Whether it is time for a line."""
+        return time.monotonic() - self._told_at > PROGRESS_SECONDS
+
+    def tell(self, *, num_rows: float = 0.0, num_tokens: int = 0, num_unfinished: int = 0) -> None:
+        """A line, if it is time for one; the arguments are what is under way beside the recorded outcomes."""
+        if not self.is_due():
+            return
+        self._told_at = now = time.monotonic()
+        seconds = now - self._started
+        rate, num_tokens = (self._num_recorded + num_rows) / seconds, self._num_tokens + num_tokens
         done = self._journal.num_finished + self._num_failed
-        rate = self._num_recorded / seconds
-        left = (self._num_total - done) / rate if rate else 0.0
-        return (
-            f"row {done:>9,} of {self._num_total:,}  {rate:>8.2f} rows/s  "
-            f"{self._num_tokens / seconds:>9,.0f} tokens/s  failed {self._num_failed:>6,}  left {left / 3600:>7.2f} h"
-        )
+        left = f"{max(self._num_total - done - num_rows, 0.0) / rate / 3600:>7.2f} h" if rate else "unknown"
+        logger.info(
+            "row %9s of %s  %8.2f rows/s  %9s tokens  %7s tokens/s  cut %6s  failed %6s  left %s",
+            f"{done:,}", f"{self._num_total:,}", rate, f"{num_tokens:,}", f"{num_tokens / seconds:,.0f}",
+            f"{self._num_unfinished + num_unfinished:,}", f"{self._num_failed:,}", left,
+        )  # fmt: skip
 
 
 Backend = Callable[[Iterable[Prompt], Work], None]

@@ -49,7 +49,8 @@ class Asked(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Of each slot cross-entropy, L1 and top-1 agreement [C]; of Σ w·(ce_alpha·CE + l1_alpha·L1) the gradients [C, V].
+    """Of each slot cross-entropy, L1, top-1 agreement and p_target of the draft's most likely token (`greedy`) [C]; of
+    Σ w·(ce_alpha·CE + l1_alpha·L1) the gradients [C, V].
 
     `grad` is with respect to the draft's logits, `grad_base` to those of the head alone before scale and soft-cap; both
     in the dtype of the logits that were given.
@@ -58,6 +59,7 @@ class Measured(NamedTuple):
     cross_entropy: torch.Tensor
     l1: torch.Tensor | None
     top1: torch.Tensor | None
+    greedy: torch.Tensor | None
     grad: Any = None
     grad_base: Any = None
 
@@ -75,23 +77,26 @@ def measure_distances(
     logits_CV = capped_CV if bias_CV is None else capped_CV + bias_CV
     draft_CV = logits_CV.softmax(dim=-1)
     cross_entropy_C = logits_CV.logsumexp(dim=-1) - logits_CV.gather(1, asked.label[:, None]).squeeze(1)
-    l1_C = top1_C = None
+    l1_C = top1_C = greedy_C = None
     factor_CV = torch.full_like(draft_CV, asked.ce_alpha)
     if target_UV is not None:
         target_UV = asked.cap_(target_UV.to(wide, copy=True))
+        chances_UV = target_UV.softmax(dim=-1)
         if asked.with_top1:
-            top1_C = logits_CV.argmax(dim=-1) == target_UV.argmax(dim=-1)[asked.picked]
-        difference_CV = draft_CV - target_UV.softmax(dim=-1)[asked.picked]
+            likeliest_C = logits_CV.argmax(dim=-1)
+            top1_C = likeliest_C == target_UV.argmax(dim=-1)[asked.picked]
+            greedy_C = chances_UV[asked.picked, likeliest_C]
+        difference_CV = draft_CV - chances_UV[asked.picked]
         l1_C, sign_CV = difference_CV.abs().sum(dim=-1), difference_CV.sign()
         factor_CV = factor_CV + asked.l1_alpha * (sign_CV - (sign_CV * draft_CV).sum(dim=-1, keepdim=True))
     if not with_gradients:
-        return Measured(cross_entropy_C, l1_C, top1_C)
+        return Measured(cross_entropy_C, l1_C, top1_C, greedy_C)
     weight_C1, label_C1 = asked.weight[:, None], asked.label[:, None]
     grad_CV = (weight_C1 * factor_CV * draft_CV).scatter_add(1, label_C1, -asked.ce_alpha * weight_C1)
     slope = asked.slope(capped_CV)
     narrow_CV = grad_CV.to(base_CV.dtype)
     grad_base_CV = narrow_CV if slope is None else (grad_CV * slope).to(base_CV.dtype)
-    return Measured(cross_entropy_C, l1_C, top1_C, narrow_CV, grad_base_CV)
+    return Measured(cross_entropy_C, l1_C, top1_C, greedy_C, narrow_CV, grad_base_CV)
 
 
 @cache
@@ -147,16 +152,20 @@ class Blocks:
             slope = tile.slope(logits_TV) if with_gradients else None
             if bias_CV is not None:
                 logits_TV += bias_CV[rows]
-            top1_C = None if target_top1_C is None else logits_TV.argmax(dim=-1) == target_top1_C
+            top1_C = greedy_C = None
+            if target_top1_C is not None and probabilities_TV is not None:
+                likeliest_C = logits_TV.argmax(dim=-1)
+                top1_C, greedy_C = likeliest_C == target_top1_C, probabilities_TV[tile.picked, likeliest_C]
             cross_entropy_C, l1_C, grad_TV = self._measure_tile(logits_TV, probabilities_TV, tile, with_gradients)
-            parts.append((cross_entropy_C, l1_C, top1_C))
+            parts.append((cross_entropy_C, l1_C, top1_C, greedy_C))
             if grad_TV is None:
                 continue
             if slope is not None:
                 grad_base_CV[rows] = grad_TV * slope
             base_TV.copy_(grad_TV)
-        cross_entropy, l1, top1 = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
-        return Measured(cast(torch.Tensor, cross_entropy), l1, top1, base_CV, grad_base_CV)
+        columns = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+        cross_entropy, l1, top1, greedy = columns
+        return Measured(cast(torch.Tensor, cross_entropy), l1, top1, greedy, base_CV, grad_base_CV)
 
     def _measure_tile(
         self, logits_CV: torch.Tensor, target_UV: torch.Tensor | None, tile: Asked, with_gradients: bool

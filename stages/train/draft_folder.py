@@ -4,6 +4,7 @@ Whatever trains from a draft, scores it or exports it again reads it here: trans
 with random numbers, and such a draft fails in silence.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -74,6 +75,15 @@ def check_draft_folder(folder: Path) -> None:
             f"{HEAD_FILE}; name the run's draft/ or the checkpoint, in its run's folder, that it was exported from, or "
             "export that without --without-target-weights"
         )
+
+
+def digest_draft(folder: Path) -> str:
+    """sha256 over the draft's config and weights, as their files are: equal digests, equal drafts. Raises OSError."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        with (folder / name).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _is_speculators_form(folder: Path) -> bool:

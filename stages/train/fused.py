@@ -54,7 +54,7 @@ def fused_terms(
         with_gradients=torch.is_grad_enabled(),
     )
     total, *columns = cast(Any, _Fused.apply)(h_ND[order_N], latent_NR, w2_VR, work)
-    cross_entropy, l1, top1 = (
+    cross_entropy, l1, top1, greedy = (
         None if column is None else torch.empty_like(column).index_copy_(0, order_N, column) for column in columns
     )
     return SlotTerms(
@@ -62,6 +62,7 @@ def fused_terms(
         cross_entropy=cast(torch.Tensor, cross_entropy),
         l1=l1,
         top1_agree=top1,
+        greedy_accept_rate=greedy,
         confidence_logit=confidence_logits(model, h_ND, prev_N),
     )
 
@@ -128,7 +129,7 @@ class _Work:
 
 
 class _Fused(torch.autograd.Function):
-    """h, latents and W2 to Σ w·(ce_alpha·CE + l1_alpha·L1), and to CE, L1 and top-1 of each slot without gradients."""
+    """h, latents and W2 to Σ w·(ce_alpha·CE + l1_alpha·L1), and to `_Columns` of each slot without gradients."""
 
     @staticmethod
     def forward(
@@ -141,7 +142,7 @@ class _Fused(torch.autograd.Function):
             _run_chunks(h_ND, latent_NR, w2_VR, work=work, columns=columns, gradients=gradients)
             if gradients is not None:
                 ctx.save_for_backward(gradients.h, gradients.latent, gradients.w2)
-            parts = (columns.cross_entropy, columns.l1, columns.top1)
+            parts = (columns.cross_entropy, columns.l1, columns.top1, columns.greedy)
             ctx.mark_non_differentiable(*(part for part in parts if part is not None))
             return columns.total(work), *parts
 
@@ -158,20 +159,24 @@ class _Columns:
     cross_entropy: torch.Tensor
     l1: torch.Tensor | None
     top1: torch.Tensor | None
+    greedy: torch.Tensor | None
 
     @classmethod
     def empty(cls, work: _Work) -> Self:
         like = work.position
         has_target = work.target is not None
+        has_top1 = has_target and work.with_top1
         return cls(
             cross_entropy=torch.empty_like(like, dtype=work.wide),
             l1=torch.empty_like(like, dtype=work.wide) if has_target else None,
-            top1=torch.empty_like(like, dtype=torch.bool) if has_target and work.with_top1 else None,
+            top1=torch.empty_like(like, dtype=torch.bool) if has_top1 else None,
+            greedy=torch.empty_like(like, dtype=work.wide) if has_top1 else None,
         )
 
     def put(self, slots: slice, measured: Measured) -> None:
         self.cross_entropy[slots] = measured.cross_entropy
-        for column, part in ((self.l1, measured.l1), (self.top1, measured.top1)):
+        pairs = ((self.l1, measured.l1), (self.top1, measured.top1), (self.greedy, measured.greedy))
+        for column, part in pairs:
             if column is not None and part is not None:
                 column[slots] = part
 

@@ -24,6 +24,7 @@ from stages.train.profiling import StepProfiler
 from stages.train.settings import TrainSection
 from stages.train.validation import Validate, Validation
 from storage import CacheReader
+from storage.progress import Position, log_position
 
 REPORT_SECONDS = 20  # a step that takes longer says how far it is
 
@@ -160,7 +161,8 @@ def run_steps(
         row["wait_share"] = row["waited_seconds"] / row["seconds"]
         if log is not None:
             log.write("train", row)
-        logger.info("%s", format_step(row, num_steps=schedule.num_steps))
+        position = Position(name="train", done=done, total=schedule.num_steps, eta_seconds=row["eta_seconds"])
+        log_position(logger, position, format_step(row, num_steps=schedule.num_steps))
         with pace.paused():
             if profiler is not None:
                 profiler.after_step(done, num_micro_batches=row["num_micro_batches"])

@@ -70,6 +70,8 @@ class SlotScores:
     accept_rate: torch.Tensor
     top1_agree: torch.Tensor
     """bool: draft and target have the same most likely token."""
+    greedy_accept_rate: torch.Tensor
+    """p_target of the draft's most likely token: the accept rate of a draft that does not sample."""
     cross_entropy: torch.Tensor
     """Nats, against the data's token."""
     confidence: torch.Tensor | None
@@ -151,7 +153,7 @@ class DSparkTrainerModule(nn.Module):
             seq_lens=seq_lens, anchor_positions=anchor_positions, with_top1=True,
         )  # fmt: skip
         slots = supervision.slots
-        if terms.accept_rate is None or terms.top1_agree is None:
+        if terms.accept_rate is None or terms.top1_agree is None or terms.greedy_accept_rate is None:
             raise ValueError("score: target_last_hidden_states is needed for the accept rate, got None")
         return SlotScores(
             row=slots.row,
@@ -159,6 +161,7 @@ class DSparkTrainerModule(nn.Module):
             slot=slots.slot,
             accept_rate=terms.accept_rate,
             top1_agree=terms.top1_agree,
+            greedy_accept_rate=terms.greedy_accept_rate,
             cross_entropy=terms.cross_entropy,
             confidence=None if terms.confidence_logit is None else terms.confidence_logit.sigmoid(),
         )

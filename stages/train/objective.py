@@ -47,6 +47,9 @@ class SlotTerms:
     """‖p_draft - p_target‖₁, between 0 and 2."""
     top1_agree: torch.Tensor | None
     """Whether draft and target have the same most likely token; None where nobody asked."""
+    greedy_accept_rate: torch.Tensor | None
+    """p_target of the draft's most likely token: how often the target takes it where the draft does not sample; None
+    where nobody asked."""
     confidence_logit: torch.Tensor | None
     """The confidence head's logit of the accept rate."""
 
@@ -73,18 +76,21 @@ def plain_terms(
     label_N = input_ids_BS[slots.row, slots.position + 1]
     cross_entropy_N = -log_draft_NV.gather(1, label_N[:, None]).squeeze(1)
     distance_num = loss_weights.ce_alpha * (weight_N * cross_entropy_N).sum()
-    l1_N = top1_N = None
+    l1_N = top1_N = greedy_N = None
     if target_last_BSD is not None:
         with torch.no_grad():
             target_NV = model.base_logits(target_last_BSD[slots.row, slots.position]).softmax(dim=-1)
         l1_N = (log_draft_NV.exp() - target_NV).abs().sum(dim=-1)
         distance_num = distance_num + loss_weights.l1_alpha * (weight_N * l1_N).sum()
-        top1_N = draft_NV.argmax(dim=-1) == target_NV.argmax(dim=-1)
+        likeliest_N = draft_NV.argmax(dim=-1)
+        top1_N = likeliest_N == target_NV.argmax(dim=-1)
+        greedy_N = target_NV.gather(1, likeliest_N[:, None]).squeeze(1)
     return SlotTerms(
         distance_num=distance_num,
         cross_entropy=cross_entropy_N.detach(),
         l1=None if l1_N is None else l1_N.detach(),
         top1_agree=top1_N,
+        greedy_accept_rate=greedy_N,
         confidence_logit=confidence_logits(model, h_ND, input_ids_BS[slots.row, slots.position]),
     )
 

@@ -1,0 +1,60 @@
+"""Where long work stands: log records that carry a position, which whoever shows them may thin out or draw as a bar.
+
+``pipeline.logs`` draws a live bar on a terminal and prints a line every ten seconds elsewhere. Without it every record
+is an ordinary message.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+
+QUIET_SECONDS = 2.0  # work that is over by then says nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """``done`` of ``total`` parts of the work called ``name``; ``eta_seconds``: the rest takes about that long."""
+
+    name: str
+    done: int
+    total: int
+    eta_seconds: float
+
+    @property
+    def is_end(self) -> bool:
+        """Whether nothing is left."""
+        return self.done >= self.total
+
+
+def log_position(logger: logging.Logger, position: Position, line: str) -> None:
+    """Log ``line``, which says where the work stands, together with the position itself."""
+    logger.info("%s", line, extra={"position": position})
+
+
+class Meter:
+    """Says how far counted work is, at its mean rate so far, once it takes longer than a moment."""
+
+    def __init__(self, logger: logging.Logger, name: str, *, total: int, unit: str) -> None:
+        self._logger = logger
+        self._name = name
+        self._total = total
+        self._unit = unit
+        self._done = 0
+        self._started = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        """``count`` more parts are done."""
+        self._done += count
+        seconds = time.monotonic() - self._started
+        if seconds < QUIET_SECONDS:
+            return
+        left = seconds * (self._total - self._done) / self._done
+        position = Position(name=self._name, done=self._done, total=self._total, eta_seconds=left)
+        line = f"{self._name} {self._done:,}/{self._total:,} {self._unit}  {self._done / seconds:,.1f} a second"
+        log_position(self._logger, position, line)
+
+
+def position_of(record: logging.LogRecord) -> Position | None:
+    """The position that a record carries, if it was logged with one."""
+    position = getattr(record, "position", None)
+    return position if isinstance(position, Position) else None

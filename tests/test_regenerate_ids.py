@@ -1,0 +1,167 @@
+"""What is cached is what was sampled, token for token, behind what the target was shown; nothing else is supervised."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from transformers import AutoTokenizer
+
+from pipeline import regeneration
+from pipeline.cli import main
+from pipeline.config import Config
+from pipeline.embedded import TARGET_DIR
+from pipeline.stage_one import settings_of
+from stages.extract.run import extract
+from stages.regenerate.sampled_rows import AnsweredTurn, plan_rows, render_row
+from stages.regenerate.settings import RegenerateSection
+from stages.regeneration_record import RegenerationError
+from storage import CacheReader
+from tiny_target import make_config, write_jsonl
+from token_server import Sampled, token_server
+
+END = 2
+Turn = tuple[tuple[int, ...], tuple[int, ...]]  # what the target was shown, and what it said
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+
+
+def ask_for(folder: Path, **section: Any) -> Config:
+    """Eight conversations of two turns each, for the embedded target."""
+    modules = ["operator", "sndhdr", "codeop", "json", "heapq", "shlex", "bisect", "abc"]
+    rows = []
+    for name in modules:
+        messages = [
+            message
+            for question in (f"List the functions of {name}.", f"How do I call {name}.f?")
+            for message in ({"role": "user", "content": question}, {"role": "assistant", "content": "recorded"})
+        ]
+        rows.append({"messages": messages})
+    config = make_config(folder)
+    write_jsonl(folder / "chats.jsonl", rows)
+    target = config.target.model_copy(update={"model": str(TARGET_DIR), "dtype": "float32"})
+    fields = {"path": folder / "out", "max_tokens": 40, "truncated": "keep", "max_retries": 0, "seed": 1, **section}
+    return config.model_copy(update={"target": target, "regenerate": RegenerateSection(**fields)})
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+
+
+def supervised_turns(input_ids: Any, loss_mask: Any) -> list[Turn]:
+    """Each run of supervised tokens, behind all tokens before it."""
+    ids, mask = [int(token) for token in input_ids], [int(bit) for bit in loss_mask]
+    edges = np.flatnonzero(np.diff([0, *mask, 0]))
+    return [(tuple(ids[:start]), tuple(ids[start:end])) for start, end in edges.reshape(-1, 2).tolist()]
+
+
+def noted_turns(sampled: Sampled) -> Counter[Turn]:
+    return Counter((tuple(prompt), tuple(new)) for prompt, new, _ in sampled.turns)
+
+
+def extract_rows(config: Config, folder: Path) -> CacheReader:
+    data = config.data.model_copy(update={"files": (f"{folder}/out/*.jsonl",), "min_supervised_tokens": 2})
+    return CacheReader(extract(settings_of(config.model_copy(update={"data": data}))).plan.path)
+
+
+def test_an_endpoints_ids_are_cached_and_supervised_as_they_were_sampled(tmp_path: Path) -> None:
+    config = ask_for(tmp_path)
+    with token_server() as (url, sampled):
+        counts = regeneration.regenerate(config, endpoint=url, is_local=False).manifest.counts
+    rows = read_rows(tmp_path / "out")
+    assert 8 < len(rows) < 16, "some conversations are one row, some are two"
+    assert Counter(turn for row in rows for turn in supervised_turns(row["input_ids"], row["loss_mask"])) == (
+        noted_turns(sampled)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(TARGET_DIR)
+    texts = [tokenizer.decode([token for token in new if token != END]) for _, new, _ in sampled.turns]
+    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    own = [len(new) - new.count(END) for _, new, _ in sampled.turns]
+    assert lengths != own, "some answers are tokenised to another length than they were sampled as"
+    cut = [finish for _, _, finish in sampled.turns].count("length")
+    assert 0 < cut < len(sampled.turns) == 16
+    assert counts is not None
+    assert (counts.num_text, counts.num_unfinished, counts.num_turns, counts.num_prompt_mismatches) == (0, cut, 16, 0)
+    with extract_rows(config, tmp_path) as reader:
+        cached = [reader.read_tokens(index) for index in range(len(reader))]
+        said = reader.manifest.header.provenance["answers"]
+    assert Counter(turn for ids, mask in cached for turn in supervised_turns(ids, mask)) == noted_turns(sampled)
+    assert said == f"16, {cut} of them cut at their token limit; 0 of 8 conversations are text"
+    shown = CliRunner().invoke(main, ["inspect", str(config.cache.path)], env={"COLUMNS": "200"})
+    assert said in shown.output
+
+
+def test_one_row_as_long_as_prompts_go_on_from_it() -> None:
+    turns = [
+        AnsweredTurn(num_messages=2, prompt_ids=[1, 5], ids=[6, 2]),
+        AnsweredTurn(num_messages=4, prompt_ids=[1, 5, 6, 2, 7], ids=[8]),  # goes on, and is cut
+        AnsweredTurn(num_messages=6, prompt_ids=[1, 5, 6, 2, 7, 9, 2, 4], ids=[3, 2]),  # its text has other tokens
+    ]
+    joined, alone = (render_row(row, [{"role": "r"}] * 6) for row in plan_rows(turns))
+    assert (joined["input_ids"], joined["loss_mask"]) == ([1, 5, 6, 2, 7, 8], [0, 0, 1, 1, 0, 1])
+    assert (alone["input_ids"], alone["loss_mask"]) == ([1, 5, 6, 2, 7, 9, 2, 4, 3, 2], [0] * 8 + [1, 1])
+    assert (len(joined["messages"]), len(alone["messages"])) == (4, 6)
+
+
+def test_without_ids_an_answer_is_text_and_a_cut_one_gets_no_end(tmp_path: Path) -> None:
+    """The server does not know `return_token_ids`, and says so or keeps quiet about it."""
+    for name, refuses in (("strict", ("return_token_ids",)), ("quiet", ())):
+        config = ask_for(tmp_path / name, extra_body={} if refuses else {"return_token_ids": False})
+        with token_server(refuses=refuses) as (url, sampled):
+            counts = regeneration.regenerate(config, endpoint=url, is_local=False).manifest.counts
+        assert counts is not None
+        assert (counts.num_text, counts.num_answered, counts.num_turns) == (8, 8, 16)
+        rows = read_rows(tmp_path / name / "out")
+        finishes = {tuple(prompt): finish for prompt, _, finish in sampled.turns}
+        masked = [row for row in rows if "input_ids" in row]
+        of_ids = [turn for row in masked for turn in supervised_turns(row["input_ids"], row["loss_mask"])]
+        assert sorted(prompt for prompt, _ in of_ids) == sorted(
+            p for p, finish in finishes.items() if finish == "length"
+        )
+        assert all(END not in new for _, new in of_ids)
+        said = [message for row in rows if "input_ids" not in row for message in row["messages"][1::2]]
+        assert sum("weight" not in message for message in said) == list(finishes.values()).count("stop")
+        assert {message["weight"] for message in said if "weight" in message} == {0}
+
+
+@pytest.mark.parametrize("fault", [{"shift": 1}, {"loses_end": True}], ids=["another tokenizer", "no end"])
+def test_ids_that_cannot_be_the_answer_are_not_taken(tmp_path: Path, fault: dict[str, Any]) -> None:
+    config = ask_for(tmp_path, truncated="drop", max_tokens=None)
+    with token_server(**fault) as (url, sampled):
+        counts = regeneration.regenerate(config, endpoint=url, is_local=False).manifest.counts
+    assert counts is not None
+    assert counts.num_text == counts.num_answered > 0
+    assert not any("input_ids" in row for row in read_rows(tmp_path / "out"))
+    assert any(new[-1] == END for _, new, _ in sampled.turns)
+
+
+def test_a_server_that_takes_max_completion_tokens_alone_is_served(tmp_path: Path) -> None:
+    config = ask_for(tmp_path, concurrency=1)
+    with token_server(refuses=("max_tokens",)) as (url, sampled):
+        counts = regeneration.regenerate(config, endpoint=url, is_local=False).manifest.counts
+    assert counts is not None
+    assert (counts.num_turns, counts.failed) == (16, {})
+    limits = [(body.get("max_tokens"), body.get("max_completion_tokens")) for body in sampled.bodies]
+    assert limits == [(40, None), *[(None, 40)] * 16], "it is told once"
+
+
+def test_ids_of_another_tokenizer_are_not_extracted(tmp_path: Path) -> None:
+    config = ask_for(tmp_path)
+    regeneration.regenerate(config, endpoint=None, is_local=True)
+    tokenizer = AutoTokenizer.from_pretrained(TARGET_DIR)
+    tokenizer.add_tokens(["<another>"])
+    other = tmp_path / "other"
+    for file in TARGET_DIR.iterdir():
+        if file.is_file():
+            (tmp_path / "other").mkdir(exist_ok=True)
+            (other / file.name).write_bytes(file.read_bytes())
+    tokenizer.save_pretrained(other)
+    target = config.target.model_copy(update={"model": str(other)})
+    with pytest.raises(RegenerationError, match=r"token ids of another tokenizer.*regenerate with this target"):
+        extract_rows(config.model_copy(update={"target": target}), tmp_path)
