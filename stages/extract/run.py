@@ -148,8 +148,8 @@ def describe_inputs(settings: Settings, *, with_weights: bool = True) -> Inputs:
             "host": platform.node(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            **describe_regeneration((*files, *validation_files), identity=identity),
             **_describe_rope(shape, max_length=max_length),
+            **describe_regeneration((*files, *validation_files), identity=identity),
         },
     )
     data = data.model_copy(update={"max_length": max_length, "validation_files": validation_files})
