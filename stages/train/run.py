@@ -256,9 +256,10 @@ def describe_inputs(
     if draft.init_from is not None:  # what the weights are counts, not where they lie
         model["init_from"] = f"sha256 {digest_draft(draft.init_from)}"
     knobs = {key: value for key, value in train.model_dump(mode="json").items() if key not in FREE_TRAIN_KEYS}
+    identity = reader.identity.model_dump(mode="json", exclude={"format_version"})  # the digest has it
     return {
         "cache.identity": reader.identity.digest(),
-        **{f"cache.{key}": value for key, value in reader.identity.model_dump(mode="json").items()},
+        **{f"cache.{key}": value for key, value in identity.items()},
         "cache.plan": reader.manifest.plan_digest,
         **{f"draft.{key}": value for key, value in model.items()},
         **{f"objective.{key}": value for key, value in objective.model_dump(mode="json").items()},
