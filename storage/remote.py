@@ -50,6 +50,8 @@ class RemoteStore:
             raise CacheUsageError(
                 f"{redact(url)}: is no address; expected one such as s3://bucket/cache or file:///mnt/cache"
             )
+        if f"://{HIDDEN}@" in url:
+            raise CacheUsageError(f"{url}: its login was hidden when it was saved; give the address again, as by --set")
         self._address = url.rstrip("/")
         self._login = login_of(url)
         self.url = redact(self._address)  # for messages

@@ -183,8 +183,12 @@ class StagedCache:
             time.sleep(POLL_SECONDS)
 
     def _is_space_awaited(self) -> bool:
-        with exclusive(self._folder / layout.STAGING_TURN) as is_free:
-            return not is_free
+        path = self._folder / layout.STAGING_TURN
+        fd = open_lock(path)
+        try:
+            return lock(fd, path, shared=True) == "busy"  # shared: those who ask are in nobody's way
+        finally:
+            unlock(fd)
 
     def _fetch(self, shard: int, release: Callable[[], bool] | None) -> None:
         """Make room for a shard and fetch it. Called with its exclusive lock."""
@@ -273,8 +277,8 @@ class StagedCache:
             if not is_free:
                 return False
             root = self._folder / unit.key
-            if not _remove_shard(root, unit.shard):  # a dead process was fetching it
-                remove_stale_temps([root / layout.SHARDS, root / layout.COMMITS])
+            _remove_shard(root, unit.shard)
+            remove_stale_temps([root / layout.SHARDS, root / layout.COMMITS])  # of a process that died fetching it
             (self._folder / layout.staging_charge_name(unit.key, unit.shard)).unlink(missing_ok=True)
             return True
 
@@ -317,14 +321,12 @@ class _Patience:
             raise error
 
 
-def _remove_shard(root: Path, shard: int) -> bool:
-    """Remove a shard, record first; whether it had one. Called with its exclusive lock."""
+def _remove_shard(root: Path, shard: int) -> None:
+    """Remove a shard, record first. Called with its exclusive lock."""
     commit = root / layout.commit_name(shard)
-    was_whole = commit.exists()
-    if was_whole:
+    if commit.exists():
         commit.unlink()
         sync_directory(commit.parent)
         fault_point("staging.evicting")
     (root / layout.excluded_name(shard)).unlink(missing_ok=True)
     remove_tree(root / layout.shard_name(shard))
-    return was_whole

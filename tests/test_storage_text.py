@@ -12,6 +12,7 @@ from pipeline import cli, show
 from pipeline.config import load_config, to_toml
 from pipeline.logs import PlainConsole, PlainFormatter
 from storage import CacheReader, CacheReadError
+from storage.errors import CacheUsageError
 from storage.remote import RemoteStore
 from storage.text import format_bytes, format_duration, plain, printable, redact
 from storage_cache import LENGTHS, fill_cache, make_header, plan_cache
@@ -113,6 +114,11 @@ def test_a_saved_config_has_no_secrets_and_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "saved.toml").write_text(text)
     assert to_toml(load_config(tmp_path / "saved.toml")) == text
     assert load_config(file).sweep.storage == "postgresql://user:pw@host/db", "what is used is what was given"
+
+
+def test_an_address_whose_login_was_hidden_is_refused() -> None:
+    with pytest.raises(CacheUsageError, match="its login was hidden"):
+        RemoteStore("s3://***@bucket/cache")
 
 
 def test_a_store_names_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
