@@ -221,6 +221,10 @@ def test_a_damaged_file_costs_what_it_would_have_shown(
         ("scheduling.thresholds_after.accepted", "threshold curve: expected as many"),
         ("scheduling.reliability_after.survival.count", "reliability: expected as many"),
         ("scheduling.outlook.concurrencies.0.fixed", "outlook: expected fixed lengths"),
+        (
+            "scheduling.outlook.concurrencies.0.fixed.0.tokens_per_second",
+            "outlook: expected more than 0 tokens a second",
+        ),
     ],
 )
 def test_an_evaluation_whose_parts_do_not_fit_is_listed_with_the_reason(
@@ -232,7 +236,7 @@ def test_an_evaluation_whose_parts_do_not_fit_is_listed_with_the_reason(
     part: Any = fields
     for name in parents:
         part = part[int(name) if isinstance(part, list) else name]
-    part[last] = []
+    part[last] = 0.0 if last == "tokens_per_second" else []
     (folder / "evaluation.json").write_text(json.dumps(fields))
     assert report(folder, other).exit_code == 0
     problems = {run.name: run.problem for run in read_runs([folder, other])}

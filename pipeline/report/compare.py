@@ -146,7 +146,7 @@ def describe_gain(comparison: Comparison) -> str | None:
     scheduling = run.evaluation.scheduling if run is not None and run.evaluation is not None else None
     if run is None or scheduling is None or not scheduling.outlook.concurrencies or comparison.targets:
         return None
-    rows, label = scheduling.outlook.concurrencies, scheduling.outlook.throughput.label
+    rows, label = scheduling.outlook.concurrencies, readable(scheduling.outlook.throughput.label)
     if run.is_useless:
         return f"Against no draft: {run.name} is not faster at any number of requests (simulated, {label})."
     shown = dict.fromkeys((rows[0], rows[-1]))

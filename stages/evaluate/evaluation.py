@@ -62,6 +62,8 @@ class Scheduling(Record):
                 raise ValueError("reliability: expected as many of mean_predicted and mean_observed as of count")
         if not all(row.fixed for row in self.outlook.concurrencies):
             raise ValueError("outlook: expected fixed lengths at every concurrency")
+        if not all(way.tokens_per_second > 0 for row in self.outlook.concurrencies for way in row.fixed):
+            raise ValueError("outlook: expected more than 0 tokens a second at every fixed length")
         return self
 
 
