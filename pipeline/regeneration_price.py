@@ -52,7 +52,7 @@ def price_regeneration(config: Config) -> RegenerationPrice:
         num_prompt_tokens += num_tokens
         max_answer_tokens += room
     device = choose_device(config.extract.device)
-    skeleton = build_skeleton(asked.folder, asked.config, trust_remote_code=config.target.trust_remote_code)
+    skeleton = build_skeleton(asked.folder, asked.config, target=config.target)
     parameters = count_forward_parameters(skeleton)
     hours = partial(estimate_hours, num_parameters=parameters, device=device, dtype=getattr(torch, config.target.dtype))
     return RegenerationPrice(
