@@ -21,7 +21,7 @@ NAMES = sorted(
         *modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     }
 )
-# Families that people serve: refusing one of these would be a regression. Each was extracted with tiny random weights.
+# Families that people serve: refusing one of these would be a regression. Built without weights here.
 TAKEN = {
     "apertus", "cohere2", "exaone4", "falcon_h1", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "glm4",
     "glm4_moe", "glm4v", "gpt2", "gpt_neox", "gpt_oss", "granite", "internvl", "lfm2", "llama", "llama4", "llava",

@@ -77,8 +77,7 @@ def count_target_bytes(parts: TargetParts, *, folder: Path, dtype: torch.dtype) 
     rows = {id(module.weight): module.weight for module in (parts.embed_tokens, parts.lm_head)}
     small = [folder / name for name in ("config.json", *TOKENIZER_FILES)]
     files = sum(file.stat().st_size for file in small if file.is_file())
-    weights: int = sum(weight.numel() for weight in rows.values()) * dtype.itemsize
-    return weights + files + TARGET_EXTRA_BYTES
+    return int(sum(weight.numel() for weight in rows.values())) * dtype.itemsize + files + TARGET_EXTRA_BYTES
 
 
 def bound_overhead(header: CacheHeader, *, num_samples: int, num_tokens: int, target_bytes: int) -> int:
