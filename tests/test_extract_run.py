@@ -486,8 +486,12 @@ def test_equal_prompts_are_on_one_side_of_the_split() -> None:
     assert 0.25 < many.count("validation") / 2000 < 0.35
 
 
-def test_the_estimate_is_what_extraction_then_writes(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
+@pytest.mark.parametrize(
+    ("encoding", "token_bytes"),
+    [("bf16", (3 + 1) * 32 * 2), ("int8", (3 + 1) * 32 + 2 * 4)],  # a scale a layer, and 32 / 256 of the last state
+)
+def test_the_estimate_is_what_extraction_then_writes(tmp_path: Path, encoding: str, token_bytes: int) -> None:
+    config = make_config(tmp_path, cache__encoding=encoding)
     (Path(config.target.model) / "model.safetensors").rename(tmp_path / "weights")  # an estimate needs none
     price, counts = run.estimate(settings_of(config))
     assert not config.cache.path.exists()
@@ -498,7 +502,8 @@ def test_the_estimate_is_what_extraction_then_writes(tmp_path: Path) -> None:
         plan.num_tokens,
         plan.payload_bytes,
     )
-    assert price.bytes_per_token == (3 + 1) * 32 * 2
+    assert price.bytes_per_token == token_bytes
+    assert {tier.encoding for tier in price.tiers if tier.known_error} == {"int8", "fp8"}
     on_disk = sum(file.stat().st_size for file in config.cache.path.rglob("*") if file.is_file())
     assert price.num_bytes < on_disk <= price.num_bytes + price.num_overhead_bytes
     assert price.hours > 0
