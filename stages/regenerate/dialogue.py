@@ -10,6 +10,8 @@ from stages.regenerate.prompts import Message, Prompt
 from stages.regenerate.sampled_rows import AnsweredTurn, SampledRow, plan_rows
 from storage.sealed import Record
 
+THINKING_START, THINKING_END = "<think>", "</think>"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -117,7 +119,14 @@ class Dialogue:
             message["reasoning_content"] = answer.reasoning
         self.messages.append(message)
         self._num_sound = len(self.messages)
-        self._answered.append(AnsweredTurn(num_messages=self._num_sound, prompt_ids=answer.prompt_ids, ids=answer.ids))
+        self._answered.append(
+            AnsweredTurn(
+                num_messages=self._num_sound,
+                has_thinking=bool(answer.reasoning) or THINKING_END in answer.content,
+                prompt_ids=answer.prompt_ids,
+                ids=answer.ids,
+            )
+        )
         self._has_text = self._has_text or not answer.is_exact
         self.turn += 1
         self._rest.popleft()

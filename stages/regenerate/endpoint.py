@@ -21,7 +21,7 @@ from openai import AsyncOpenAI
 
 from stages.errors import SettingError
 from stages.regenerate.completion import AskError, MalformedError, parse_completion
-from stages.regenerate.dialogue import Answer, Dialogue, Outcome
+from stages.regenerate.dialogue import THINKING_END, THINKING_START, Answer, Dialogue, Outcome
 from stages.regenerate.prompts import Message, Prompt, seed_of
 from stages.regenerate.render import NO_ROOM, PromptRenderer, RenderError, plan_tokens, to_request
 from stages.regenerate.settings import RegenerateSection
@@ -35,7 +35,6 @@ MAX_BACKOFF_SECONDS = 8.0  # as the client's
 MIN_FAILURES_TO_STOP = 32
 FIRST = asyncio.FIRST_COMPLETED
 MAX_DETAIL_CHARS = 300
-THINKING_START, THINKING_END = "<think>", "</think>"
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")  # the client's
 NO_KEY = "none"  # servers without a key ignore it, and the client wants one
 

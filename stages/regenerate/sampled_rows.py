@@ -17,10 +17,12 @@ from storage.sealed import Record
 class AnsweredTurn:
     """A turn and the ids that it was sampled from and as; None where nobody knows them: the text has to do.
 
-    `num_messages` counts the conversation's messages up to this answer, which is the last of them.
+    `num_messages` counts the conversation's messages up to this answer, which is the last of them. `has_thinking`: its
+    text has, which templates mostly leave out once another question follows.
     """
 
     num_messages: int
+    has_thinking: bool = False
     prompt_ids: list[int] | None
     ids: list[int] | None
 
@@ -38,12 +40,25 @@ class SampledRow(Record):
 
 
 def plan_rows(turns: list[AnsweredTurn]) -> list[SampledRow]:
-    """Rows in which every turn is supervised once: with its ids where they are known, else in one row of text."""
-    rows = _join_turns(turns)
-    if any(turn.ids is None for turn in turns):
-        known = [turn.num_messages - 1 for turn in turns if turn.ids is not None]
-        rows.append(SampledRow(num_messages=turns[-1].num_messages, unsupervised=known))
-    return rows
+    """Rows in which every turn is supervised once: with its ids where they are known, else in one row of text.
+
+    A text with thinking is shown whole only while it is the last: then each turn of text has a row that ends with it.
+    """
+    texts = [turn.num_messages for turn in turns if turn.ids is None]
+    if not texts:
+        return _join_turns(turns)
+    if any(turn.has_thinking for turn in turns if turn.ids is None):
+        ends = [(end, {end}) for end in texts]
+    else:
+        ends = [(texts[-1], set(texts))]
+    rows = [
+        SampledRow(
+            num_messages=end,
+            unsupervised=[t.num_messages - 1 for t in turns if t.num_messages <= end and t.num_messages not in own],
+        )
+        for end, own in ends
+    ]
+    return _join_turns(turns) + rows
 
 
 def _join_turns(turns: list[AnsweredTurn]) -> list[SampledRow]:
