@@ -103,7 +103,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             "sum": self._sum_numbers(model.filters["sum"]),
         }
         self.tests = {name: self._bound(call) for name, call in model.tests.items()}
-        self.concat = self._joined  # type: ignore[assignment]
+        self.concat = self._joined  # type: ignore[method-assign]
 
     def compile_bounded(self, source: str) -> Template:
         """The template, whose loops are counted and whose `~` looks at what it makes."""
@@ -116,7 +116,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         template.globals = dict(template.globals)  # jinja copies it for each rendering, a chain of maps slowly
         return template
 
-    def _filter(self, node: nodes.Expr, name: str) -> nodes.Filter:
+    def _filter(self, node: Any, name: str) -> nodes.Filter:
         return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=self)
 
     def _bound(self, call: Callable[..., Any]) -> Callable[..., Any]:

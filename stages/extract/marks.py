@@ -170,7 +170,7 @@ def _marks_of_call(message: Message, calls: Any, mark: str) -> Iterator[Mark]:
         if (found := _mark_last_text(function.get(key), mark)) is not None:
             value, original = found
             marked = function | {key: value}
-            last = call | {"function": marked} if "function" in call else marked
+            last = {**call, "function": marked} if isinstance(call, dict) and "function" in call else marked
             yield Mark(message=message | {"tool_calls": [*calls[:-1], last]}, original=original, offset=None)
 
 
