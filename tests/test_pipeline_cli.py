@@ -114,6 +114,7 @@ def test_verify_names_the_damage_and_fails(config_file: Path, tmp_path: Path) ->
         (["train", "CONFIG", "--set", "cache.path='/nonexistent/cache'"], "/nonexistent/cache"),
         (["extract", "CONFIG", "--set", "data.files=['none.jsonl']"], "nothing matches 'none.jsonl'"),
         (["extract", "CONFIG", "--set", "target.model=./nowhere"], "no folder './nowhere'"),
+        (["estimate", "CONFIG", "--set", "target.model=models/q4.gguf"], "gguf_file='q4.gguf', quantization_config="),
         (["extract", "CONFIG", "--set", "extract.device=cuda:99"], "cuda"),
         (["evaluate", "CONFIG", "--draft", "nowhere"], "no draft here"),
         (["report", "nowhere"], "nowhere: no such run"),

@@ -8,6 +8,7 @@ from typing import Any
 from stages.errors import StageError
 from stages.extract.settings import TargetSection
 
+GGUF = ".gguf"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -18,15 +19,30 @@ class TargetError(StageError, ValueError):
 def locate_target(target: TargetSection) -> Path:
     """The local folder of the target's files; a Hugging Face repository is downloaded once. Raises TargetError."""
     folder = Path(target.model)
+    if folder.suffix == GGUF:
+        raise TargetError(f"target.model: {folder} is {_to_convert(folder.parent, folder.name)}")
     if not folder.is_dir():
         if target.model.count("/") != 1 or target.model.startswith((".", "/", "~")):
             raise TargetError(
                 f"target.model: no folder {target.model!r}; give a folder or a Hugging Face id owner/name"
             )
         folder = _download(target)
+    files = sorted(file.name for file in folder.glob(f"*{GGUF}"))
+    has_weights = any(folder.glob("*.safetensors"))
+    if files and not has_weights:
+        raise TargetError(f"target.model: {folder} holds {_to_convert(folder, files[0])}")
     if not (folder / "config.json").is_file():
         raise TargetError(f"target.model: {folder} has no config.json; expected a transformers model folder")
     return folder
+
+
+def _to_convert(folder: Path, name: str) -> str:
+    return (
+        f"a GGUF file ({name}); expected a folder with config.json and *.safetensors. Convert it once: "
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, gguf_file={name!r}, "
+        "quantization_config=GgufConfig(dequantize=True)).save_pretrained(NEW), and the same of AutoTokenizer "
+        "(transformers and the package gguf); then set target.model to NEW"
+    )
 
 
 def _download(target: TargetSection) -> Path:
