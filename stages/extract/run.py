@@ -17,7 +17,7 @@ from stages.extract import digests
 from stages.extract import target as targets
 from stages.extract.capture import Capture, check_blocks, pad_batch
 from stages.extract.mask_token import MaskToken, find_mask_token
-from stages.extract.model_files import locate_target
+from stages.extract.model_files import TargetError, locate_target
 from stages.extract.on_policy import describe_regeneration
 from stages.extract.price import (
     Price,
@@ -175,7 +175,7 @@ def _check_rope(cached: CacheHeader, inputs: Inputs, *, where: Path) -> None:
     if cached.provenance.get("rope") != wanted and mixes_ropes(
         inputs.shape, max_length=inputs.header.identity.max_length
     ):
-        raise targets.TargetError(
+        raise TargetError(
             f"{where}: was begun by a version that let each batch choose the target's rope; expected {wanted}, for all "
             "of a cache; name another cache.path, or delete this one"
         )
