@@ -353,3 +353,26 @@ def test_a_draft_is_not_computed_as_another(
         assert result.exit_code != 0
         assert message in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_train_a_tied_draft_as_one_process_does(tied: Config, tmp_path: Path, parallel: str) -> None:
+    changes = {"train__run_dir": tmp_path / "run", "train__parallel": parallel, "target__model": tied.target.model}
+    config = make_config(tied.cache.folder.parent, **changes)
+    (tmp_path / "c.toml").write_text(to_toml(config))
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(ROOT / "tests" / "rank_worker.py"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, *command, str(tmp_path / "c.toml")], check=True, timeout=200, env=environment, cwd=ROOT
+    )
+    assert losses(tmp_path / "run") == pytest.approx(losses(tied.train.run_dir), rel=1e-4)
+    weights = load_file(tmp_path / "run" / "draft" / "model.safetensors")
+    expected = load_file(tied.train.run_dir / "draft" / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    assert torch.equal(weights["embed_tokens.weight"], expected["embed_tokens.weight"])
