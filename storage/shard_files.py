@@ -109,8 +109,14 @@ class PositionedFile:
             except OSError as error:
                 raise CacheReadError(f"{self.path}: cannot read: {error.strerror}") from error
             if count == 0:
-                raise CacheCorruptError(f"{self.path}: ends at byte {start + done}; {self._hint}")
+                raise self._resized()
             done += count
+
+    def _resized(self) -> CacheCorruptError:
+        size = os.fstat(self._file.fileno()).st_size
+        return CacheCorruptError(
+            f"{self.path}: has {size} bytes, had {self._num_bytes} when it was opened; {self._hint}"
+        )
 
 
 class MappedFile(PositionedFile):
@@ -136,10 +142,8 @@ class MappedFile(PositionedFile):
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """A view. Raises CacheCorruptError where the file has been cut."""
-        if (size := os.fstat(self._file.fileno()).st_size) != self._num_bytes:
-            raise CacheCorruptError(
-                f"{self.path}: has {size} bytes, had {self._num_bytes} when it was opened; {self._hint}"
-            )
+        if os.fstat(self._file.fileno()).st_size != self._num_bytes:
+            raise self._resized()
         return self._bytes[start:stop]
 
 
