@@ -144,9 +144,9 @@ class _Bar:
             self._task = self._progress.add_task(position.name, total=position.total, eta="", line="")
             self._name = position.name
             self._progress.start()
-        eta = format_duration(position.eta_seconds)
+        eta = "" if position.eta_seconds is None else f"ETA {format_duration(position.eta_seconds)}"
         self._progress.update(
-            self._task, completed=position.done, total=position.total, eta=f"ETA {eta}", line=" ".join(line.split())
+            self._task, completed=position.done, total=position.total, eta=eta, line=" ".join(line.split())
         )
         if position.is_end:
             self.stop()

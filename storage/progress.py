@@ -13,17 +13,20 @@ QUIET_SECONDS = 2.0  # work that is over by then says nothing
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """``done`` of ``total`` parts of the work called ``name``; ``eta_seconds``: the rest takes about that long."""
+    """``done`` of ``total`` parts of the work called ``name``; ``eta_seconds``: the rest takes about that long.
+
+    Both are None where nobody knows how much there is.
+    """
 
     name: str
     done: int
-    total: int
-    eta_seconds: float
+    total: int | None
+    eta_seconds: float | None
 
     @property
     def is_end(self) -> bool:
         """Whether nothing is left."""
-        return self.done >= self.total
+        return self.total is not None and self.done >= self.total
 
 
 def log_position(logger: logging.Logger, position: Position, line: str) -> None:
@@ -34,7 +37,7 @@ def log_position(logger: logging.Logger, position: Position, line: str) -> None:
 class Meter:
     """Says how far counted work is, at its mean rate so far, once it takes longer than a moment."""
 
-    def __init__(self, logger: logging.Logger, name: str, *, total: int, unit: str) -> None:
+    def __init__(self, logger: logging.Logger, name: str, *, total: int | None, unit: str) -> None:
         self._logger = logger
         self._name = name
         self._total = total
@@ -48,9 +51,10 @@ class Meter:
         seconds = time.monotonic() - self._started
         if seconds < QUIET_SECONDS:
             return
-        left = seconds * (self._total - self._done) / self._done
+        left = None if self._total is None else seconds * (self._total - self._done) / self._done
         position = Position(name=self._name, done=self._done, total=self._total, eta_seconds=left)
-        line = f"{self._name} {self._done:,}/{self._total:,} {self._unit}  {self._done / seconds:,.1f} a second"
+        standing = f"{self._done:,}" if self._total is None else f"{self._done:,}/{self._total:,}"
+        line = f"{self._name} {standing} {self._unit}  {self._done / seconds:,.1f} a second"
         log_position(self._logger, position, line)
 
 

@@ -93,3 +93,19 @@ def test_a_meter_says_nothing_of_short_work_and_then_where_it_stands(
     (record,) = caplog.records
     assert record.getMessage() == "measuring 4/10 conversations  1.0 a second"
     assert position_of(record) == Position(name="measuring", done=4, total=10, eta_seconds=6.0)
+
+
+def test_work_of_unknown_size_has_a_count_and_no_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    console = PlainConsole(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    logger = make_logger(ConsoleHandler(console, has_bar=True))
+    meter = Meter(logger, "planning", total=None, unit="rows")
+    now[0] = 4.0
+    meter.advance(6000)
+    logger.handlers[0]._bar._progress.refresh()  # type: ignore[attr-defined]
+    logger.handlers[0].close()
+    assert "planning 6,000 rows 1,500.0 a second" in " ".join(lines_of(console))
+    assert "ETA" not in " ".join(lines_of(console))

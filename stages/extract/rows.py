@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +14,12 @@ import pyarrow.parquet as pq
 
 from stages.errors import StageError
 from stages.unchanged import Memory, sign_files
+from storage.progress import Meter
 
 PARQUET_BATCH_ROWS = 1024
 HASH_CHUNK_BYTES = 1 << 22
+
+logger = logging.getLogger(__name__)
 _DIGESTS: Memory[bytes] = Memory()
 
 
@@ -92,9 +96,11 @@ def digest_files(files: Iterable[str]) -> str:
 
 def _digest_file(file: str) -> bytes:
     digest = hashlib.sha256()
+    meter = Meter(logger, "hashing data", total=None, unit="MiB")
     with _open(file, decompress=False) as stream:
         while chunk := stream.read(HASH_CHUNK_BYTES):
             digest.update(chunk)
+            meter.advance(HASH_CHUNK_BYTES >> 20)
     return digest.digest()
 
 

@@ -16,6 +16,7 @@ from stages.extract.rows import BadRowError, DataError, Row
 from stages.extract.settings import DataSection
 from stages.extract.tokenize import SampleTokenizer
 from storage import PlannedSample, Split
+from storage.progress import Meter
 from storage.text import redact
 
 EXAMPLES_PER_REASON = 3
@@ -170,9 +171,11 @@ def plan_samples(rows: Iterable[Row], *, planner: RowPlanner, counts: SampleCoun
     data = planner.data
     held_out: set[bytes] = set()
     num_taken = 0
+    meter = Meter(logger, "planning", total=None, unit="rows")
     with closing(map_ordered(planner, enumerate(rows), num_processes=data.num_processes)) as outcomes:
         for outcome in outcomes:
             _count_row(outcome, counts, data)
+            meter.advance()
             sample = outcome.sample
             if sample is None:
                 continue
