@@ -470,7 +470,9 @@ def test_an_interrupted_import_goes_on(
         patch.setattr(import_run, "_read_states", fail)
         with pytest.raises(OSError, match="the disk went away"):
             run(config)
-    with pytest.raises(CacheIncompleteError, match=r"1 of \d+ shards are missing .* \(or import\) command again"):
+    with pytest.raises(
+        CacheIncompleteError, match=r"1 of \d+ shards are missing .* \(or import, or pull\) command again"
+    ):
         CacheReader(config.cache.path)
     changed = with_settings(config, extract={"max_batch_tokens": 9})  # means nothing to an import
     assert run(changed).num_computed_shards == 1

@@ -235,7 +235,7 @@ def test_thinking_that_the_template_cuts_from_the_last_round_is_refused(thought:
 
 def test_a_field_of_thinking_that_the_template_ignores_is_refused() -> None:
     row = chat(("user", "q"), ("assistant", "four", {"reasoning_content": "hm"}))
-    with pytest.raises(BadRowError, match="cuts the thinking"):
+    with pytest.raises(BadRowError, match="that the chat template does not render"):
         tokenize(byte_level(CHATML), row)
     shown = byte_level(QWEN3.replace("PROMPT", ""))
     assert spans(shown, row) == ["<think>\nhm\n</think>\n\nfour<|im_end|>"]

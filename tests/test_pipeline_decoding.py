@@ -110,7 +110,9 @@ def test_the_cache_is_not_measured_again_before_decoding(
     measured: list[Path] = []
     monkeypatch.setattr(
         "pipeline.measure.evaluate_draft",
-        lambda config, *, draft_dir: measured.append(draft_dir) or evaluate_draft(config, draft_dir=draft_dir),
+        lambda config, *, draft_dir, opened: (
+            measured.append(draft_dir) or evaluate_draft(config, draft_dir=draft_dir, opened=opened)
+        ),
     )
 
     def measure(config: Config, *, may_reuse: bool = True) -> tuple[bool, Evaluation, str]:

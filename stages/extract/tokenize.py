@@ -113,9 +113,10 @@ class SampleTokenizer:
 
     def _mask(self, chat: RenderedChat, spans: dict[int, list[Span]]) -> Tokens:
         try:
-            aligned = self._align(chat.text, spans=[span for places in spans.values() for span in places])
+            chat.text.encode()  # what tokenizers say of a surrogate differs between releases
         except UnicodeEncodeError as error:
             raise BadRowError("chat template: the text has an unpaired surrogate") from error
+        aligned = self._align(chat.text, spans=[span for places in spans.values() for span in places])
         mask = np.zeros(len(aligned.ids), dtype=np.uint8)
         counts = dict.fromkeys(spans, 0)
         for index, places in spans.items():
