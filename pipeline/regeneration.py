@@ -19,7 +19,9 @@ from stages.extract import digests
 from stages.extract import target as targets
 from stages.extract.conversations import parse_chat
 from stages.extract.model_files import locate_target
-from stages.extract.rows import BadRowError, DataError, Row, expand_files, read_rows
+from stages.extract.rows import BadRowError, DataError, Row, find_files, read_rows
+from stages.extract.samples import HELD_OUT, split_by_row
+from stages.extract.settings import DataSection
 from stages.regenerate.prompts import NoTurnError, Prompt, PromptDigest, plan_prompt
 from stages.regenerate.publish import FAILURES
 from stages.regenerate.render import PromptRenderer
@@ -67,9 +69,9 @@ def with_options(config: Config, *, out: Path | None, concurrency: int | None) -
 def regenerate(
     config: Config, *, endpoint: str | None, is_local: bool, is_stopped: Callable[[], bool] | None = None
 ) -> RegenerationResult:
-    """Answer the conversations of `data.files`; the same call continues. Raises StageError of some family.
+    """Answer the conversations of `data.files` and `data.validation_files`; the same call continues.
 
-    SIGTERM and Ctrl-C stop it, and so does `is_stopped`.
+    SIGTERM and Ctrl-C stop it, and so does `is_stopped`. Raises StageError of some family.
     """
     if (endpoint is None) != is_local:
         raise SettingError("name one back end: --endpoint URL for a server, or --local to run the target here")
@@ -77,13 +79,12 @@ def regenerate(
     if folder is None:
         raise SettingError("no folder for the answers; give --out, or regenerate.path in the config")
     asked = describe_target(config)
-    files = expand_files(config.data.files)
-    prompts = partial(read_prompts, files, section=section)
+    prompts = partial(read_prompts, name_files(config.data), section=section)
     manifest = RegenerationManifest(
         identity=_identify(config, asked, digest=_digest_prompts(prompts, config), is_local=is_local),
         provenance={
             "target": redact(config.target.model),
-            "data": redact(" ".join(config.data.files)),
+            "data": redact(" ".join((*config.data.files, *config.data.validation_files))),
             "transformers": transformers.__version__,
         },
     )
@@ -100,31 +101,47 @@ def regenerate(
         )
 
 
-def read_prompts(files: list[str], *, section: RegenerateSection, bad: Counter[str] | None = None) -> Iterator[Prompt]:
-    """Every conversation of the files; rows without one are counted in `bad`, by reason."""
-    has_split = False
-    for number, row in enumerate(read_rows(files)):
-        if bad is not None and not has_split and (row.value or {}).get("split") is not None:
-            has_split = True
-            logger.warning("%s: the column split is not kept; answer the rows of each split on their own", row.file)
+def name_files(data: DataSection) -> DataSection:
+    """The section with its files named one by one. Raises DataError."""
+    files, validation_files = find_files(data.files, data.validation_files)
+    return data.model_copy(update={"files": files, "validation_files": validation_files})
+
+
+def read_prompts(data: DataSection, *, section: RegenerateSection, bad: Counter[str] | None = None) -> Iterator[Prompt]:
+    """Every conversation of the files, those of validation first, as in extraction; `data` names them one by one.
+
+    Rows without one are counted in `bad`, by reason, and so, as HELD_OUT, are those of `files` with a prompt of the
+    files of validation.
+    """
+    bad = Counter() if bad is None else bad
+    held_out: set[bytes] = set()
+    for number, row in enumerate(read_rows((*data.validation_files, *data.files))):
         try:
-            yield _parse_prompt(number, row, section=section)
+            prompt = _parse_prompt(number, row, data=data, section=section)
         except (BadRowError, NoTurnError) as error:
-            if bad is not None:
-                bad[str(error)] += 1
+            bad[str(error)] += 1
+            continue
+        if row.file in data.validation_files:
+            held_out.add(prompt.digest_question())
+        elif held_out and prompt.digest_question() in held_out:
+            bad[HELD_OUT] += 1
+            continue
+        yield prompt
 
 
-def _parse_prompt(number: int, row: Row, *, section: RegenerateSection) -> Prompt:
+def _parse_prompt(number: int, row: Row, *, data: DataSection, section: RegenerateSection) -> Prompt:
     if row.value is None:
         raise BadRowError(row.error or "unreadable")
     chat = parse_chat(row.value)
     if chat is None:
         raise BadRowError("no column messages or conversations, so nothing that could be answered")
-    source = f"{row.file} row {row.row}"
+    split = split_by_row(row, data) or ("train" if data.validation_files else None)
     messages = [
         message | ({"weight": 0} if index in chat.unsupervised else {}) for index, message in enumerate(chat.messages)
     ]  # a turn that is kept stays out of the loss
-    return plan_prompt(number, messages, turns=section.turns, tools=chat.tools, source=source)
+    return plan_prompt(
+        number, messages, turns=section.turns, tools=chat.tools, source=f"{row.file} row {row.row}", split=split
+    )
 
 
 def _digest_prompts(prompts: Callable[..., Iterator[Prompt]], config: Config) -> PromptDigest:
@@ -134,9 +151,10 @@ def _digest_prompts(prompts: Callable[..., Iterator[Prompt]], config: Config) ->
     for prompt in prompts(bad=bad):
         digest.add(prompt)
     reasons = "".join(f"\n  {count:,} x {reason}" for reason, count in bad.most_common())
-    if bad.total() > config.data.max_bad_fraction * (bad.total() + digest.num_prompts):
+    num_bad, num_rows = bad.total() - bad[HELD_OUT], bad.total() + digest.num_prompts
+    if num_bad > config.data.max_bad_fraction * num_rows:
         raise DataError(
-            f"{bad.total():,} of {bad.total() + digest.num_prompts:,} rows hold no conversation to answer, more than "
+            f"{num_bad:,} of {num_rows:,} rows hold no conversation to answer, more than "
             f"data.max_bad_fraction = {config.data.max_bad_fraction}; mend them or raise the limit{reasons}"
         )
     if not digest.num_prompts:

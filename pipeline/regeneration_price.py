@@ -7,11 +7,10 @@ from functools import partial
 import torch
 
 from pipeline.config import Config
-from pipeline.regeneration import describe_target, read_prompts
+from pipeline.regeneration import describe_target, name_files, read_prompts
 from stages.device import choose_device
 from stages.extract.ordered import map_ordered
 from stages.extract.price import ASSUMED_DECODE_UTILISATION, count_forward_parameters, estimate_hours
-from stages.extract.rows import expand_files
 from stages.extract.target import build_skeleton
 from stages.regenerate.dialogue import Dialogue
 from stages.regenerate.prompts import Prompt
@@ -40,7 +39,7 @@ def price_regeneration(config: Config) -> RegenerationPrice:
     """Tokenise every prompt; needs no weights and writes nothing. Raises StageError of some family."""
     asked = describe_target(config)
     bad: Counter[str] = Counter()
-    prompts = read_prompts(expand_files(config.data.files), section=config.regenerate, bad=bad)
+    prompts = read_prompts(name_files(config.data), section=config.regenerate, bad=bad)
     count = partial(_count_tokens, asked.renderer(config.regenerate))
     num_prompts = num_prompt_tokens = max_answer_tokens = 0
     for num_tokens in map_ordered(count, prompts, num_processes=config.data.num_processes):

@@ -39,23 +39,25 @@ def check_draft(config: Config, target: TargetShape) -> None:
     The whole draft is built, without storage.
     """
     draft = config.draft
-    draft_config = build_draft_config(
-        target,
-        mask_token_id=0,
-        num_draft_layers=draft.num_layers,
-        block_size=draft.block_size,
-        target_layer_ids=draft.target_layer_ids or config.cache.layers,
-        num_anchors=draft.num_anchors,
-        markov_rank=draft.markov_rank,
-        markov_head_type=draft.markov_head_type,
-        enable_confidence_head=draft.enable_confidence_head,
-        confidence_head_with_markov=draft.confidence_head_with_markov,
-        intermediate_size=draft.intermediate_size,
-        max_length=choose_max_length(config.data.max_length, target.max_positions),
-    )
     try:
+        draft_config = build_draft_config(
+            target,
+            mask_token_id=0,
+            num_draft_layers=draft.num_layers,
+            block_size=draft.block_size,
+            target_layer_ids=draft.target_layer_ids or config.cache.layers,
+            num_anchors=draft.num_anchors,
+            markov_rank=draft.markov_rank,
+            markov_head_type=draft.markov_head_type,
+            enable_confidence_head=draft.enable_confidence_head,
+            confidence_head_with_markov=draft.confidence_head_with_markov,
+            intermediate_size=draft.intermediate_size,
+            max_length=choose_max_length(config.data.max_length, target.max_positions),
+        )
         with torch.device("meta"):
             Qwen3DSparkModel(draft_config)
+    except SettingError:
+        raise
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise SettingError(
             f"no draft can be built for this {target.model_type} target: {error}; name another target, or set [draft]"

@@ -23,6 +23,9 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import chat_template_utils
 
+if sys.platform.startswith("linux"):
+    import resource  # not on every system
+
 MAX_STEPS = 10_000_000  # calls, filters and rounds of loops for one row: a second or two
 MAX_SECONDS = 10.0  # of processor time for one row
 STEPS_A_PAIR, SECONDS_A_PAIR = 100, 1e-5  # more for each two messages: a chat of thousands is rendered for each turn
@@ -30,7 +33,6 @@ MAX_CHARACTERS = 2**24  # of a text, items of a list; or ROW_FACTOR times the ro
 ROW_FACTOR = 16
 MAX_INTEGER_BITS = 4096
 MAX_BYTES = 2**30  # that a rendering may add to the process, where the system can hold it to that
-MEMORY_FRESH_SECONDS = 0.1  # how long a reading of the process's size is good
 STEPS_A_LOOK = 256  # between two looks at the clock
 
 _GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -39,6 +41,10 @@ _WHAT_TEMPLATES_SEE = "{{ [messages, tools] | tojson }}"
 
 class ChatTemplateError(ValueError):
     """A chat that the template does not render; the message says why, in one line."""
+
+
+class ChatTooLargeError(ChatTemplateError):
+    """A chat whose rendering takes too long or too much memory: most often every row's trouble."""
 
 
 class _LimitError(RuntimeError):
@@ -53,6 +59,7 @@ class _Budget:
         self.steps = MAX_STEPS + STEPS_A_PAIR * pairs
         self.seconds = MAX_SECONDS + SECONDS_A_PAIR * pairs
         self.max_size = max(MAX_CHARACTERS, ROW_FACTOR * row_characters)
+        self.address_space = _read_address_space() + MAX_BYTES
         self._start = time.thread_time()
         self._next_look = self.steps - STEPS_A_LOOK
 
@@ -203,10 +210,12 @@ class ChatTemplate:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["tokenizer"])  # type: ignore[misc]
 
-    def open_row(self, messages: list[dict[str, Any]], *, tools: list[Any] | None) -> "ChatRow":
+    def open_row(
+        self, messages: list[dict[str, Any]], *, tools: list[Any] | None, variables: dict[str, Any] | None = None
+    ) -> "ChatRow":
         """The row at work; its time and memory begin to count. Raises ChatTemplateError.
 
-        ValueError where the tokenizer has no template.
+        `variables` are more names for the template. ValueError where the tokenizer has no template.
         """
         source = str(self._tokenizer.get_chat_template(tools=tools))  # it may have one more for rows with tools
         if source not in self._marks_generation:
@@ -217,7 +226,7 @@ class ChatTemplate:
             messages=shown_messages,
             seen=seen,
             marks_generation=self._marks_generation[source],
-            render=functools.partial(self._render, source, self._names | {"tools": shown_tools}),
+            render=functools.partial(self._render, source, self._names | (variables or {}) | {"tools": shown_tools}),
         )
 
     def _prepare(
@@ -246,12 +255,14 @@ class ChatTemplate:
         environment = self._environment
         environment.generation_marks = generation_marks
         try:
-            with _bounded_memory():
+            with _bounded_memory(environment.budget.address_space):
                 if source not in self._compiled:
                     self._compiled[source] = environment.compile_bounded(source)
                 return self._compiled[source].render(names, messages=messages, add_generation_prompt=ask)
         except MemoryError:
-            raise ChatTemplateError("takes too much memory for one row") from None
+            raise ChatTooLargeError("takes too much memory for one row") from None
+        except _LimitError as error:
+            raise ChatTooLargeError(_first_line(error)) from None
         except Exception as error:  # a template is a program: it can raise anything
             raise ChatTemplateError(_first_line(error)) from error
 
@@ -282,24 +293,20 @@ class ChatRow:
     render: Render
 
 
-_memory_read = (0.0, 0)
+def _read_address_space() -> int:
+    """Bytes of this process's address space; 0 where no limit can be set."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 @contextmanager
-def _bounded_memory() -> Iterator[None]:
-    """Address space for MAX_BYTES more than the process has. Linux alone holds processes to that."""
-    global _memory_read  # noqa: PLW0603
+def _bounded_memory(limit: int) -> Iterator[None]:
+    """So many bytes of address space at most. Linux alone holds processes to that."""
     if not sys.platform.startswith("linux"):
         yield
         return
-    import resource  # not on every system
-
-    now = time.monotonic()
-    if now - _memory_read[0] > MEMORY_FRESH_SECONDS:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        _memory_read = (now, pages * resource.getpagesize())
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = _memory_read[1] + MAX_BYTES
     if soft != resource.RLIM_INFINITY:
         limit = min(limit, soft)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

@@ -17,6 +17,7 @@ _QUERY = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+_HOST = re.compile(r"(?:[^:\s]*|\[[^\]\s]*\])(?::\d*)?")
 HIDDEN = "***"
 
 
@@ -29,6 +30,18 @@ def login_of(address: str) -> str:
     """What `redact` hides before the @ of an address, or nothing: libraries repeat it without the scheme."""
     match = _LOGIN.match(address)
     return match[0][len(match[1]) : -1] if match else ""
+
+
+def without_login(address: str) -> str:
+    """What may be shown of one address that a user gave, well formed or not: neither login nor query."""
+    scheme, separator, rest = redact(address).partition("://")
+    if not separator:
+        scheme, rest = "", scheme
+    rest = re.split(r"[?#]", rest)[0]
+    host, slash, path = rest.partition("/")
+    host = host.rpartition("@")[2]
+    is_sound = separator and _HOST.fullmatch(host)
+    return scheme + separator + (host + slash + path if is_sound else rest.rpartition("@")[2])
 
 
 def printable(text: str, *, lines: bool = False, mark: str | None = None) -> str:

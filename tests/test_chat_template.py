@@ -1,5 +1,6 @@
 """Chat templates: what transformers renders, and a bounded time and memory for what does not end or does not fit."""
 
+import mmap
 import pickle
 import resource
 import threading
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from chat_families import CHATML, CHATML_MARKED, GPT_OSS, LLAMA3, MISTRAL, QWEN3, byte_level
-from stages.chat_template import ChatTemplate, ChatTemplateError
+from stages.chat_template import MAX_BYTES, ChatTemplate, ChatTemplateError
 from stages.extract import ordered
 from stages.extract.conversations import Chat
 from stages.extract.rows import BadRowError
@@ -140,6 +141,24 @@ def test_a_template_travels_to_other_processes() -> None:
     template = pickle.loads(pickle.dumps(ChatTemplate(byte_level(CHATML))))
     row = template.open_row(MESSAGES[1:2], tools=None)
     assert row.render(row.messages) == "<|im_start|>user\na\nb<|im_end|>\n"
+
+
+def test_names_are_given_to_a_template() -> None:
+    tokenizer = byte_level("{{ bos_token ~ more ~ (tools is none) ~ documents }}", bos="<s>", eos="</s>")
+    names = {"more": [1], "documents": [{"title": "t"}], "tools": "no", "messages": "no"}
+    row = ChatTemplate(tokenizer).open_row(MESSAGES[1:2], tools=None, variables=names)
+    assert row.render(row.messages) == "<s>[1]True[{'title': 't'}]"
+    row = ChatTemplate(tokenizer).open_row(MESSAGES[1:2], tools=None, variables={"bos_token": "B", "more": 1})
+    assert row.render(row.messages) == "B1TrueNone"
+
+
+def test_memory_that_others_take_between_two_rows_does_not_count() -> None:
+    template = ChatTemplate(byte_level("{% for i in range(9) %}{{ 'a' * 1000000 }}{% endfor %}"))
+    row = template.open_row(MESSAGES[1:2], tools=None)
+    row.render(row.messages)
+    with mmap.mmap(-1, 3 * MAX_BYTES):
+        row = template.open_row(MESSAGES[1:2], tools=None)
+        assert len(row.render(row.messages)) == 9_000_000
 
 
 def test_a_template_cannot_leave_its_sandbox() -> None:

@@ -228,14 +228,17 @@ def test_thinking_that_the_template_cuts_from_the_last_round_is_refused(thought:
     cuts = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
     marked = CHATML_MARKED.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
     for template in (cuts, marked):
-        with pytest.raises(BadRowError, match=r"cuts the thinking from an answer \(message 1\)"):
+        with pytest.raises(BadRowError, match=r"cuts the thinking from an answer \(message 1\)") as told:
             tokenize(byte_level(template), row)
+        assert ('set data.supervise = "last"' in str(told.value)) == bool(last), "where it helps"
+        if last:
+            assert tokenize(byte_level(template), row, supervise="last").loss_mask.any()
     assert tokenize(byte_level(CHATML), row).loss_mask.any()
 
 
 def test_a_field_of_thinking_that_the_template_ignores_is_refused() -> None:
     row = chat(("user", "q"), ("assistant", "four", {"reasoning_content": "hm"}))
-    with pytest.raises(BadRowError, match="that the chat template does not render"):
+    with pytest.raises(BadRowError, match=r"thinking .* that the chat template does not render"):
         tokenize(byte_level(CHATML), row)
     shown = byte_level(QWEN3.replace("PROMPT", ""))
     assert spans(shown, row) == ["<think>\nhm\n</think>\n\nfour<|im_end|>"]

@@ -1,6 +1,7 @@
 """Many rows in several processes: the same samples and counts as in one, and a death that is told."""
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from pipeline.stage_one import settings_of
 from stages.extract import ordered, run
 from stages.extract.ordered import WorkerError, map_ordered
-from stages.extract.rows import DataError
+from stages.extract.rows import MAX_DEPTH, TOO_DEEP, DataError
 from stages.extract.samples import SampleCounts
 from tiny_target import make_chats, make_config, write_jsonl
 
@@ -41,6 +42,24 @@ def test_errors_come_out_as_themselves_and_in_their_place() -> None:
     assert [next(results) for _ in range(4352)] == [-item for item in range(4352)]  # whole chunks before the bad one
     with pytest.raises(DataError, match="item -7"):
         list(results)
+
+
+def test_rows_nested_deeply_come_out_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python sends no object of some hundreds of levels to another process."""
+    monkeypatch.setattr(ordered, "MIN_ITEMS", 4)
+    chats = [json.dumps(chat | {"more": "HERE"}) for chat in make_chats(12)]
+    depths = {2: MAX_DEPTH - 1, 5: MAX_DEPTH, 6: 500, 7: 50_000}  # below the row itself
+    for row, depth in depths.items():
+        chats[row] = chats[row].replace('"HERE"', "[" * depth + "]" * depth)
+    (tmp_path / "chats.jsonl").write_text("\n".join(chats))
+    outcomes = []
+    for num_processes in (1, 2):
+        config = make_config(tmp_path, data__num_processes=num_processes, data__max_bad_fraction=0.5)
+        settings, counts = settings_of(config), SampleCounts()
+        samples = list(run.iterate_samples(run.describe_inputs(settings), settings, counts=counts))
+        outcomes.append(([sample.source_row for sample in samples], counts.all_reasons()))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0] == ([0, 1, 2, 3, 4, 8, 9, 10, 11], {f"bad row: {TOO_DEEP}": 3})
 
 
 def test_a_killed_process_is_an_error_and_no_hang() -> None:

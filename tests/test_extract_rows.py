@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.extract.conversations import Chat, Text, Tokens, parse_row
-from stages.extract.rows import BadRowError, DataError, digest_files, expand_files, read_rows
+from stages.extract.rows import MAX_DEPTH, TOO_DEEP, BadRowError, DataError, digest_files, expand_files, read_rows
 
 QUESTION = {"role": "user", "content": "why?"}
 ANSWER = {"role": "assistant", "content": "because"}
@@ -94,6 +94,33 @@ def test_odd_numbers_and_bytes_are_bad_rows(tmp_path: Path) -> None:
     rows = list(read_rows([str(tmp_path / "a.parquet")]))
     assert rows[0].value == {"text": "good"}
     assert "invalid UTF-8" in (rows[1].error or "")
+
+
+def nested(depth: int) -> str:
+    """JSON of so many lists and objects in each other."""
+    pairs = [('{"a": ', "}"), ("[", "]")] * depth
+    return "".join(opened for opened, _ in pairs[:depth]) + "1" + "".join(closed for _, closed in pairs[:depth][::-1])
+
+
+@pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 300, 2_000, 100_000])
+def test_what_is_nested_too_deeply_is_a_bad_row(tmp_path: Path, depth: int) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(f"{nested(MAX_DEPTH)}\n{nested(depth)}\n" + json.dumps({"a": [{}] * 300, "b": "[" * 300}))
+    rows = list(read_rows([str(file)]))
+    assert [row.error for row in rows] == [None, TOO_DEEP, None]
+    assert rows[0].value == json.loads(nested(MAX_DEPTH))
+    call = {"function": {"name": "f", "arguments": nested(depth)}}
+    with pytest.raises(BadRowError, match="arguments of 'f': nested too deeply"):
+        parse_row({"messages": [QUESTION, ANSWER | {"tool_calls": [call]}]})
+
+
+def test_parquet_that_is_nested_too_deeply_is_an_error_with_its_name(tmp_path: Path) -> None:
+    kind, value = pa.int64(), 1
+    for _ in range(300):
+        kind, value = pa.list_(kind), [value]
+    pq.write_table(pa.table({"x": pa.array([value], kind)}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: .*too deeply nested"):
+        list(read_rows([str(tmp_path / "a.parquet")]))
 
 
 def test_an_address_that_cannot_be_reached_is_named() -> None:

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from pipeline.stage_one import settings_of
 from stages.extract import run
 from stages.extract.capture import TOO_LARGE, Capture, CapturedBatch, PaddedBatch, pad_batch
 from stages.extract.rows import DataError
-from stages.extract.samples import SampleCounts, choose_split
+from stages.extract.samples import SampleCounts, choose_split, hash_first_prompt
 from stages.extract.shards import ComputeStates, QuarantineError, compute_shards
 from stages.extract.target import TargetError, load_target
 from storage import (
@@ -480,9 +481,10 @@ def test_later_states_too_large_for_fp16_are_quarantined_as_such(
 
 def test_equal_prompts_are_on_one_side_of_the_split() -> None:
     mask = np.array([0, 0, 1, 1], dtype=np.uint8)
-    sides = [choose_split(np.array([1, 2, 3, 4 + i], np.int32), mask, validation_fraction=0.5) for i in range(20)]
-    assert len(set(sides)) == 1
-    many = [choose_split(np.array([i, 2, 3, 4], np.int32), mask, validation_fraction=0.3) for i in range(2000)]
+    prompts = {hash_first_prompt(np.array([1, 2, 3, 4 + i], np.int32), mask) for i in range(20)}
+    assert prompts == {hashlib.blake2b(struct.pack("<2i", 1, 2), digest_size=8).digest()}, "as in caches on disk"
+    others = [hash_first_prompt(np.array([i, 2, 3, 4], np.int32), mask) for i in range(2000)]
+    many = [choose_split(prompt, validation_fraction=0.3) for prompt in others]
     assert 0.25 < many.count("validation") / 2000 < 0.35
 
 

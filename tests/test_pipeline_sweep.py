@@ -61,11 +61,13 @@ def run(file: Path, *options: str, command: str = "sweep") -> Result:
     return CliRunner().invoke(main, [command, str(file), *options], catch_exceptions=False)
 
 
-def start(file: Path, output: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def start(file: Path, output: Path, *, gate: Path | None = None) -> subprocess.Popen[bytes]:
+    """With a `gate`, each process holds its first trial until another has one too."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GATE": str(gate)}
+    command = ["-m", "pipeline.cli"] if gate is None else [str(ROOT / "tests" / "gated_sweep.py")]
     with output.open("wb") as stream:
         return subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli", "sweep", str(file)],
+            [sys.executable, *command, "sweep", str(file)],
             env=environment, stdout=stream, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -450,8 +452,11 @@ def test_two_trials_at_once_are_those_of_one_after_the_other(cached: Path, tmp_p
         (tmp_path / name).mkdir()
         file = write_sweep(cached, tmp_path / name, sweep.format(parallel))
     run(tmp_path / "one" / "sweep.toml")
-    process = start(file, tmp_path / "output.txt")
+    gate = tmp_path / "gate"
+    gate.mkdir()
+    process = start(file, tmp_path / "output.txt", gate=gate)
     assert process.wait(PATIENCE_SECONDS) == 0
+    assert len(list(gate.iterdir())) == 2, "two processes, each with a trial at the same time"
     output = (tmp_path / "output.txt").read_text()
     assert "3 of 3 trials have ended: 3 complete" in output
     assert "step      1" not in output

@@ -1,5 +1,6 @@
 """What is cached is what was sampled, token for token, behind what the target was shown; nothing else is supervised."""
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,9 @@ from pipeline.cli import main
 from pipeline.config import Config
 from pipeline.embedded import TARGET_DIR
 from pipeline.stage_one import settings_of
-from stages.extract.run import extract
+from stages.extract.rows import DataError
+from stages.extract.run import describe_inputs, extract, iterate_samples
+from stages.extract.samples import SampleCounts
 from stages.regenerate.sampled_rows import AnsweredTurn, plan_rows, render_row
 from stages.regenerate.settings import RegenerateSection
 from stages.regeneration_record import RegenerationError
@@ -176,3 +179,59 @@ def test_ids_of_another_tokenizer_are_not_extracted(tmp_path: Path) -> None:
     target = config.target.model_copy(update={"model": str(other)})
     with pytest.raises(RegenerationError, match=r"token ids of another tokenizer.*regenerate with this target"):
         extract_rows(config.model_copy(update={"target": target}), tmp_path)
+
+
+def sides_by_row(reader: CacheReader, rows: list[dict[str, Any]]) -> dict[int, set[str]]:
+    """Conversation -> the splits that its rows are in."""
+    sides: dict[int, set[str]] = {}
+    for index, split in zip(reader.sample_ids.tolist(), reader.splits.tolist(), strict=True):
+        sides.setdefault(rows[index]["row"], set()).add(split)
+    return sides
+
+
+def test_all_rows_of_a_conversation_are_on_the_side_of_its_prompt(tmp_path: Path) -> None:
+    config = ask_for(tmp_path)
+    half = config.data.model_copy(update={"validation_fraction": 0.5, "min_supervised_tokens": 2})
+    config = config.model_copy(update={"data": half})
+    settings = settings_of(config)
+    source = {
+        s.source_row: {s.split} for s in iterate_samples(describe_inputs(settings), settings, counts=SampleCounts())
+    }
+    with token_server() as (url, _):
+        regeneration.regenerate(config, endpoint=url, is_local=False)
+    rows = read_rows(tmp_path / "out")
+    assert len(rows) > 8, "some conversations are two rows"
+    tokenizer = AutoTokenizer.from_pretrained(TARGET_DIR)
+    for row in rows:
+        ids = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True)["input_ids"]
+        assert row["dspark_prompt"] == hashlib.blake2b(np.asarray(ids, "<i4").tobytes(), digest_size=8).hexdigest()
+        assert "split" not in row
+    with extract_rows(config, tmp_path) as reader:
+        assert sides_by_row(reader, rows) == source
+    assert {min(side) for side in source.values()} == {"train", "validation"}
+
+
+def test_answers_keep_the_splits_of_their_rows(tmp_path: Path) -> None:
+    config = ask_for(tmp_path)
+    chats = [json.loads(line) for line in (tmp_path / "chats.jsonl").read_text().splitlines()]
+    held = write_jsonl(tmp_path / "held.jsonl", chats[:2])
+    write_jsonl(tmp_path / "chats.jsonl", [chats[1], *chats[2:6], chats[6] | {"split": "dev"}])
+    both = config.data.model_copy(update={"validation_files": (str(held),), "validation_fraction": 0.0})
+    with token_server() as (url, _):
+        regeneration.regenerate(config.model_copy(update={"data": both}), endpoint=url, is_local=False)
+    rows = read_rows(tmp_path / "out")
+    expected = {row: {"validation" if row in (0, 1, 7) else "train"} for row in (0, 1, 3, 4, 5, 6, 7)}
+    half = config.data.model_copy(update={"validation_fraction": 0.5})
+    with extract_rows(config.model_copy(update={"data": half}), tmp_path) as reader:
+        assert sides_by_row(reader, rows) == expected
+
+
+@pytest.mark.parametrize("value", ["x" * 16, "ab", 7, "A" * 16])
+def test_a_prompt_hash_that_is_none_is_a_bad_row(tmp_path: Path, value: Any) -> None:
+    config = ask_for(tmp_path)
+    chats = [json.loads(line) for line in (tmp_path / "chats.jsonl").read_text().splitlines()]
+    write_jsonl(tmp_path / "chats.jsonl", [chat | {"dspark_prompt": value} for chat in chats])
+    data = config.data.model_copy(update={"min_supervised_tokens": 2})
+    settings = settings_of(config.model_copy(update={"data": data}))
+    with pytest.raises(DataError, match="dspark_prompt: expected 16 hexadecimal digits"):
+        list(iterate_samples(describe_inputs(settings), settings, counts=SampleCounts()))

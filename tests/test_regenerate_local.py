@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline import regeneration
 from pipeline.config import Config, to_toml
 from pipeline.embedded import TARGET_DIR
+from pipeline.regeneration_price import price_regeneration
 from pipeline.stage_one import settings_of
 from stages.extract.run import extract
 from stages.extract.settings import ExtractSection
@@ -453,3 +454,13 @@ def test_thinking_switches_reach_the_template(tiny: Any) -> None:
     plain, off = (PromptRenderer(tokenizer, variables=extra) for extra in ({}, {"enable_thinking": False}))
     messages = [{"role": "user", "content": "why"}]
     assert off(messages, tools=None) == plain(messages, tools=None) + tokenizer("</think>")["input_ids"]
+
+
+def test_a_hostile_template_ends_the_run_and_the_estimate(tmp_path: Path) -> None:
+    config = make_run(tmp_path, num_chats=9)
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ 'a'.ljust(10 ** 10) }}")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"chat_template": template})})
+    for ask in (run, price_regeneration):
+        with pytest.raises(RegenerationError, match=r"chat template takes too much memory .* 8 conversations in a row"):
+            ask(config)

@@ -1,19 +1,25 @@
 """Which turns are asked for, what an answer changes, and what becomes of a row."""
 
-import json
+import hashlib
+import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from chat_families import CHATML, GPT_OSS, LLAMA3, MISTRAL, QWEN3, byte_level
 from pipeline.embedded import TARGET_DIR
-from pipeline.regeneration import read_prompts
+from pipeline.regeneration import name_files, read_prompts
+from stages.extract.settings import DataSection
 from stages.regenerate.dialogue import Answer, Dialogue, Outcome
-from stages.regenerate.prompts import NoTurnError, PromptDigest, plan_prompt, seed_of
-from stages.regenerate.render import PromptRenderer, plan_tokens, to_request
+from stages.regenerate.prompts import NoTurnError, Prompt, PromptDigest, plan_prompt, seed_of
+from stages.regenerate.render import PromptRenderer, RenderError, plan_tokens, to_request
 from stages.regenerate.settings import RegenerateSection
+from stages.regeneration_record import RegenerationError
+from tiny_target import write_jsonl
 
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool", "c": "assistant"}
 
@@ -170,15 +176,90 @@ def test_earlier_thinking_is_rendered_under_the_templates_name_for_it() -> None:
     assert renderer.decode(renderer(turns, tools=None)) == "a?;two;b?;"
 
 
-def test_a_kept_turn_without_weight_stays_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("source", [CHATML, GPT_OSS, LLAMA3, MISTRAL, QWEN3])
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "f", "parameters": {}}}]])
+def test_prompts_are_those_of_transformers(source: str, tools: Any) -> None:
+    tokenizer = byte_level(source, bos="<s>", eos="</s>")
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "a\nb", "name": "n", "weight": None}]
+    for names in ({}, {"enable_thinking": False, "reasoning_effort": "low", "bos_token": "B"}):
+        theirs = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, **names)
+        renderer = PromptRenderer(tokenizer, variables=names)
+        assert renderer(messages, tools=tools) == theirs["input_ids"]
+        assert pickle.loads(pickle.dumps(renderer))(messages, tools=tools) == theirs["input_ids"]
+        assert renderer.shows(messages, "a\nb", tools=tools)
+
+
+HOSTILE = "{% if messages[0].content == 'bad' %}{{ 'a'.ljust(10 ** 10) }}{% endif %}{{ messages[0].content }}"
+
+
+def test_a_hostile_template_fails_rows_and_then_the_run() -> None:
+    renderer = PromptRenderer(byte_level(HOSTILE), variables={})
+    good, bad = [{"role": "user", "content": "good"}], [{"role": "user", "content": "bad"}]
+    for chat in (*[bad] * 7, good, *[bad] * 7):
+        if chat is good:
+            assert renderer.decode(renderer(chat, tools=None)) == "good"
+            continue
+        with pytest.raises(RenderError, match="chat template: takes too much memory for one row"):
+            renderer(chat, tools=None)
+    with pytest.raises(RegenerationError, match=r"takes too much memory .* 8 .* in a row; .* data.chat_template"):
+        renderer(bad, tools=None)
+
+
+def test_without_a_template_there_is_no_prompt() -> None:
+    tokenizer = byte_level(CHATML)
+    tokenizer.chat_template = None
+    with pytest.raises(RenderError, match=r"chat template: .*chat_template"):
+        PromptRenderer(tokenizer, variables={})(ask("a")["messages"], tools=None)
+
+
+def read_all(folder: Path, bad: Counter[str], **data: Any) -> list[Prompt]:
+    section = DataSection(files=(str(folder / "a.jsonl"),), **data)
+    return list(read_prompts(name_files(section), section=RegenerateSection(), bad=bad))
+
+
+def test_a_kept_turn_without_weight_stays_without(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "{}"}], "weight": 0}
     rows = [
         {"messages": [{"role": "user", "content": "a?"}, call, {"role": "tool", "content": "r"}], "split": "test"},
     ]
-    file = tmp_path / "a.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (prompt,) = read_prompts([str(file)], section=RegenerateSection(), bad=Counter())
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (prompt,) = read_all(tmp_path, Counter())
     assert prompt.messages[1] is not None
     assert prompt.messages[1]["weight"] == 0
     assert prompt.messages[1]["tool_calls"] == [{"name": "f", "arguments": {}}]
-    assert "the column split is not kept" in caplog.text
+    assert prompt.split == "validation"
+
+
+def ask(question: str, **columns: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "old"}], **columns}
+
+
+def test_rows_are_of_the_split_that_the_source_says(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [ask("a"), ask("b", split="dev"), ask("c", split="train"), ask("d", split="x")])
+    bad: Counter[str] = Counter()
+    assert [(p.row, p.split) for p in read_all(tmp_path, bad)] == [(0, None), (1, "validation"), (2, "train")]
+    assert [reason.partition(":")[0] for reason in bad] == ["split"]
+
+
+def test_held_out_files_come_first_and_their_prompts_are_in_no_other(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "held.jsonl", [ask("b"), ask("c", split="train"), ask("e")])
+    write_jsonl(tmp_path / "a.jsonl", [ask("a"), ask("e"), ask("b"), ask("d", split="val")])
+    held = {"validation_files": (str(tmp_path / "held.jsonl"),), "validation_fraction": 0.0}
+    bad: Counter[str] = Counter()
+    found = [(p.row, p.messages[0], p.split) for p in read_all(tmp_path, bad, **held)]
+    expected = [(0, "b", "validation"), (2, "e", "validation"), (3, "a", "train"), (6, "d", "validation")]
+    assert found == [(row, {"role": "user", "content": text}, split) for row, text, split in expected]
+    assert bad == {
+        "split: is train in a file of data.validation_files": 1, "its prompt is in data.validation_files": 2
+    }  # fmt: skip
+
+
+def test_the_digest_of_prompts_without_a_split_is_that_of_earlier_versions() -> None:
+    digest = PromptDigest()
+    prompt = plan_prompt(3, ask("a")["messages"], turns="all")
+    digest.add(prompt)
+    line = b'[3, [{"content": "a", "role": "user"}, null], null]\n'
+    assert digest.hexdigest() == hashlib.sha256(line).hexdigest()
+    digest.add(replace(prompt, split="train"))
+    line += b'[3, [{"content": "a", "role": "user"}, null], null, "train"]\n'
+    assert digest.hexdigest() == hashlib.sha256(line).hexdigest()

@@ -14,7 +14,7 @@ from pipeline.logs import PlainConsole, PlainFormatter
 from storage import CacheReader, CacheReadError
 from storage.errors import CacheUsageError
 from storage.remote import RemoteStore
-from storage.text import format_bytes, format_duration, plain, printable, redact
+from storage.text import format_bytes, format_duration, plain, printable, redact, without_login
 from storage_cache import LENGTHS, fill_cache, make_header, plan_cache
 
 
@@ -56,6 +56,27 @@ def test_bytes() -> None:
 def test_secrets_are_hidden(text: str, shown: str) -> None:
     assert redact(text) == shown
     assert redact(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://me:secret@host:8000/v1", "http://host:8000/v1"),
+        ("http://secret@host/v1/@x", "http://host/v1/@x"),
+        ("https://host/v1?code=secret#secret", "https://host/v1"),
+        ("http://me:sec/ret@host/v1", "http://host/v1"),
+        ("http://me:sec?ret#@host/v1", "http://host/v1"),
+        ("http://me:sec ret@host/v1", "http://host/v1"),
+        ("http://me:sec 'r/et@host/v1", "http://host/v1"),
+        ("me:secret@host/v1", "host/v1"),
+        ("http:/me:secret@host/v1", "host/v1"),
+        ("http://[::1]:80/v1", "http://[::1]:80/v1"),
+        ("http://[::1/v1", "http://[::1/v1"),
+        ("host:8000", "host:8000"),
+    ],
+)
+def test_an_address_is_shown_without_its_login(address: str, shown: str) -> None:
+    assert without_login(address) == shown
 
 
 def test_nothing_that_a_terminal_obeys() -> None:

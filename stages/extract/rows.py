@@ -18,6 +18,9 @@ from storage.progress import Meter
 
 PARQUET_BATCH_ROWS = 1024
 HASH_CHUNK_BYTES = 1 << 22
+# Of JSON; Arrow has the same bound. Some hundreds more, and no process can send the row to another.
+MAX_DEPTH = 100
+TOO_DEEP = f"nested too deeply: more than {MAX_DEPTH} objects and lists in each other"
 
 logger = logging.getLogger(__name__)
 _DIGESTS: Memory[bytes] = Memory()
@@ -136,8 +139,11 @@ def _read_jsonl(file: str) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also invalid UTF-8, and numbers of thousands of digits
+                value = parse_json(line)
+            except BadRowError as error:
+                yield Row(file=file, row=index, value=None, error=str(error))
+                continue
+            except ValueError as error:  # also invalid UTF-8, and numbers of thousands of digits
                 detail = getattr(error, "msg", None) or type(error).__name__
                 yield Row(file=file, row=index, value=None, error=f"broken JSON: {detail}")
                 continue
@@ -145,6 +151,28 @@ def _read_jsonl(file: str) -> Iterator[Row]:
                 yield Row(file=file, row=index, value=value)
             else:
                 yield Row(file=file, row=index, value=None, error=f"expected a JSON object, got {type(value).__name__}")
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """What the text says; `options` are json.loads'. Raises ValueError; BadRowError for what is nested too deeply."""
+    num_brackets = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+    try:
+        value = json.loads(text, **options)
+    except RecursionError:
+        raise BadRowError(TOO_DEEP) from None
+    if num_brackets > MAX_DEPTH and _is_too_deep(value):
+        raise BadRowError(TOO_DEEP)
+    return value
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [item for part in parts for item in part if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _read_parquet(file: str) -> Iterator[Row]:

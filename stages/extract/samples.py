@@ -1,7 +1,7 @@
 """Rows to planned samples: parse, tokenise, cut or drop, split; and the count of everything that was left out."""
 
-import hashlib
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -15,6 +15,7 @@ from stages.extract.ordered import map_ordered
 from stages.extract.rows import BadRowError, DataError, Row
 from stages.extract.settings import DataSection
 from stages.extract.tokenize import SampleTokenizer
+from stages.prompt_hash import COLUMN, HASH_BYTES, hash_prompt
 from storage import PlannedSample, Split
 from storage.progress import Meter
 from storage.text import redact
@@ -24,6 +25,7 @@ SPLIT_NAMES: dict[str, Split] = {
     "train": "train",
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "test"), "validation"),
 }
+HELD_OUT = "its prompt is in data.validation_files"
 REGENERATE = "dspark regenerate lets the target answer them; name its files in data.files then"
 MIN_ROWS_TO_JUDGE = 1000  # before that many rows the share of bad ones says little, and the verdict waits for the end
 
@@ -92,10 +94,14 @@ class SampleCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a row: a sample, or the reason why there is none (`bad`: unreadable, `dropped`: of no use)."""
+    """What became of a row: a sample and its prompt's hash, or the reason why there is none.
+
+    `bad`: unreadable, `dropped`: of no use.
+    """
 
     row: Row
     sample: PlannedSample | None = None
+    prompt: bytes = b""
     bad: str | None = None
     dropped: str | None = None
     is_truncated: bool = False
@@ -140,25 +146,16 @@ class RowPlanner:
             raise BadRowError(f"a token id outside the target's embedding of {self.vocab_size} rows")
         if self.mask_token_id is not None and self.mask_token_id in input_ids:
             raise BadRowError(f"contains the mask token {self.mask_token_id}; choose another draft.mask_token_id")
+        prompt = _parse_prompt_hash(row.value.get(COLUMN)) or hash_first_prompt(input_ids, loss_mask)
         sample = PlannedSample(
             sample_id=sample_id,
             source_file=redact(row.file),
             source_row=row.row,
             input_ids=input_ids,
             loss_mask=loss_mask,
-            split=self._split_by_row(row)
-            or choose_split(input_ids, loss_mask, validation_fraction=data.validation_fraction),
+            split=split_by_row(row, data) or choose_split(prompt, validation_fraction=data.validation_fraction),
         )
-        return Outcome(row=place, sample=sample, is_truncated=is_truncated)
-
-    def _split_by_row(self, row: Row) -> Split | None:
-        """What the row's file or its column `split` says of it. Raises BadRowError."""
-        said = _parse_split((row.value or {}).get("split"))
-        if row.file not in self.data.validation_files:
-            return said
-        if said == "train":
-            raise BadRowError("split: is train in a file of data.validation_files")
-        return "validation"
+        return Outcome(row=place, sample=sample, prompt=prompt, is_truncated=is_truncated)
 
 
 def plan_samples(rows: Iterable[Row], *, planner: RowPlanner, counts: SampleCounts) -> Iterator[PlannedSample]:
@@ -181,9 +178,9 @@ def plan_samples(rows: Iterable[Row], *, planner: RowPlanner, counts: SampleCoun
                 continue
             is_from_validation_file = sample.source_file in data.validation_files
             if is_from_validation_file:
-                held_out.add(_hash_prompt(sample))
-            elif held_out and _hash_prompt(sample) in held_out:
-                counts.record(counts.dropped, reason="its prompt is in data.validation_files", row=outcome.row)
+                held_out.add(outcome.prompt)
+            elif outcome.prompt in held_out:
+                counts.record(counts.dropped, reason=HELD_OUT, row=outcome.row)
                 continue
             counts.add(sample)
             yield sample
@@ -218,6 +215,16 @@ def _warn_of_empty_split(counts: SampleCounts) -> None:
         logger.warning("every sample is held out, so train refuses the cache; lower data.validation_fraction")
 
 
+def split_by_row(row: Row, data: DataSection) -> Split | None:
+    """What the row's file or its column `split` says of it; `data` names its files one by one. Raises BadRowError."""
+    said = _parse_split((row.value or {}).get("split"))
+    if row.file not in data.validation_files:
+        return said
+    if said == "train":
+        raise BadRowError("split: is train in a file of data.validation_files")
+    return "validation"
+
+
 def _parse_split(value: Any) -> Split | None:
     if value is None:
         return None
@@ -227,20 +234,23 @@ def _parse_split(value: Any) -> Split | None:
     return split
 
 
-def choose_split(input_ids: np.ndarray, loss_mask: np.ndarray, *, validation_fraction: float) -> Split:
-    """By a hash of the tokens before the first supervised one; of all tokens, if that is the first."""
-    number = int.from_bytes(_hash_tokens(input_ids, loss_mask), "little")
-    return "validation" if number < validation_fraction * 2**64 else "train"
+def choose_split(prompt: bytes, *, validation_fraction: float) -> Split:
+    """By the hash of a prompt."""
+    return "validation" if int.from_bytes(prompt, "little") < validation_fraction * 2**64 else "train"
 
 
-def _hash_prompt(sample: PlannedSample) -> bytes:
-    return _hash_tokens(sample.input_ids, sample.loss_mask)
-
-
-def _hash_tokens(input_ids: np.ndarray, loss_mask: np.ndarray) -> bytes:
+def hash_first_prompt(input_ids: np.ndarray, loss_mask: np.ndarray) -> bytes:
+    """Of the tokens before the first supervised one; of all tokens, if that is the first."""
     first = int(np.argmax(loss_mask))
-    prompt = input_ids[:first] if first else input_ids
-    return hashlib.blake2b(np.ascontiguousarray(prompt, dtype="<i4").tobytes(), digest_size=8).digest()
+    return hash_prompt(input_ids[:first] if first else input_ids)
+
+
+def _parse_prompt_hash(value: Any) -> bytes | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or re.fullmatch(rf"[0-9a-f]{{{2 * HASH_BYTES}}}", value) is None:
+        raise BadRowError(f"{COLUMN}: expected {2 * HASH_BYTES} hexadecimal digits, got {str(value)[:40]!r}")
+    return bytes.fromhex(value)
 
 
 def _check_bad_fraction(counts: SampleCounts, data: DataSection) -> None:

@@ -35,9 +35,11 @@ def check_answer(messages: list[dict[str, Any]], index: int, shown: str, *, is_p
     if not _shows([answer], shown):
         raise BadRowError(f"chat template does not show all that an answer says (message {index})")
     if not _shows([*fields[:1], *thinking, answer], shown):
+        is_last = all(later["role"] != "assistant" for later in messages[index + 1 :])
+        way_out = "" if is_last else ', or set data.supervise = "last", which leaves this turn out of the loss'
         raise BadRowError(
             f"chat template cuts the thinking from an answer (message {index}); name a template that shows it in "
-            "data.chat_template"
+            f"data.chat_template{way_out}"
         )
     _check_calls(message.get("tool_calls") or [], shown)
 

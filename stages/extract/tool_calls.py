@@ -1,9 +1,8 @@
 """Tools and tool calls of a row in the form that servers give to chat templates: objects, nothing still encoded."""
 
-import json
 from typing import Any
 
-from stages.extract.rows import BadRowError
+from stages.extract.rows import BadRowError, parse_json
 
 EMPTY = ("", "null", "[]")
 
@@ -71,8 +70,10 @@ def _decode(value: Any, *, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        return parse_json(value, parse_constant=_refuse_constant)
+    except BadRowError as error:
+        raise BadRowError(f"{what}: {error}") from error
+    except ValueError as error:
         raise BadRowError(f"{what}: expected JSON, got a text that is none") from error
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from stages.prompt_hash import hash_prompt
 from stages.regenerate.prompts import Message, Prompt
 from stages.regenerate.sampled_rows import AnsweredTurn, SampledRow, plan_rows
 from storage.sealed import Record
@@ -42,6 +43,7 @@ class Outcome(Record):
     `reason` is a kind of trouble, then perhaps a colon and details; `source` says where a row without an answer is.
     `rows` are what is published of an answered one; none, in journals of earlier versions: the messages. `has_text`: an
     answer of it is known as text alone. `num_truncated` counts cut answers that are kept, `num_unfinished` all of them.
+    `prompt` is the first one's hash in hexadecimal, `split` what the source says; each is a column of the rows.
     """
 
     row: int
@@ -57,6 +59,8 @@ class Outcome(Record):
     num_unfinished: int = 0
     rows: list[SampledRow] = Field(default_factory=list)
     has_text: bool = True
+    prompt: str | None = None
+    split: str | None = None
 
 
 class Dialogue:
@@ -75,6 +79,7 @@ class Dialogue:
         self._num_truncated = self._num_mismatches = 0
         self._answered: list[AnsweredTurn] = []
         self._has_text = False
+        self._first_prompt: str | None = None
         self._num_gaps = sum(message is None for message in prompt.messages)
         self.num_tokens = self.num_unfinished = 0
         self.turn = 0
@@ -106,6 +111,7 @@ class Dialogue:
 
     def take(self, answer: Answer, *, rendered: list[int]) -> None:
         """Put an answer into the gap, or end here if it is of no use; `rendered` is the prompt by our template."""
+        self._first_prompt = self._first_prompt or hash_prompt(rendered).hex()
         self.num_tokens += answer.num_tokens
         self.num_unfinished += not answer.is_complete and answer.fault is None
         self._num_mismatches += _differs(answer, rendered)
@@ -156,6 +162,8 @@ class Dialogue:
             num_unfinished=self.num_unfinished,
             rows=plan_rows(self._answered) if is_answered else [],
             has_text=is_answered and self._has_text,
+            prompt=self._first_prompt if is_answered else None,
+            split=self._prompt.split if is_answered else None,
         )
 
     def _go_to_gap(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import openai
@@ -27,6 +27,7 @@ from stages.regenerate.render import NO_ROOM, PromptRenderer, RenderError, plan_
 from stages.regenerate.settings import RegenerateSection
 from stages.regenerate.work import Work
 from stages.regeneration_record import RegenerationError
+from storage.text import without_login
 
 GRACE_SECONDS = 10.0  # how long a stopped run waits for answers that are on their way; batch systems give 30
 POLL_SECONDS = 0.2
@@ -189,7 +190,7 @@ class Endpoint:
     @property
     def url(self) -> str:
         """The address, for messages."""
-        return _without_login(str(self.client.base_url))
+        return without_login(str(self.client.base_url))
 
 
 def run_endpoint(endpoint: Endpoint, prompts: Iterable[Prompt], work: Work) -> None:
@@ -253,23 +254,13 @@ class _FailureWatch:
 def open_client(url: str, *, section: RegenerateSection) -> AsyncOpenAI:
     """A client with key and proxies of the environment. Raises SettingError for what is no address, key or proxy."""
     if not _is_address(url, schemes=("http", "https")):
-        raise SettingError(f"--endpoint: expected an address such as http://host:8000/v1, got {_without_login(url)!r}")
+        raise SettingError(f"--endpoint: expected an address such as http://host:8000/v1, got {without_login(url)!r}")
     _check_proxies(getproxies())
     key = parse_key(os.environ.get("OPENAI_API_KEY", ""))
     try:
         return AsyncOpenAI(base_url=url, api_key=key, timeout=section.timeout_seconds, max_retries=section.max_retries)
     except Exception as error:  # an address or a file of certificates; the errors have no common base
-        raise SettingError(f"--endpoint {_without_login(url)}: cannot be asked: {error}; see to the address") from error
-
-
-def _without_login(url: str) -> str:
-    """The address without what may be a secret: user and password, and the query."""
-    if _is_address(url, schemes=("http", "https")):
-        parts = urlsplit(url)
-        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-    before, _, rest = url.rpartition("@")
-    scheme = re.match(r"[a-z]+://", before)
-    return (scheme.group() if scheme else "") + rest
+        raise SettingError(f"--endpoint {without_login(url)}: cannot be asked: {error}; see to the address") from error
 
 
 def _is_address(text: str, *, schemes: tuple[str, ...]) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 Message = dict[str, Any]
@@ -16,13 +17,20 @@ class NoTurnError(ValueError):
 class Prompt:
     """A conversation with gaps: None stands for a turn that the target is to say. The last message is a gap.
 
-    `row` counts all rows of the source, the unreadable ones too; `source` says where that is, for a person.
+    `row` counts all rows of the source, the unreadable ones too; `source` says where that is, for a person; `split` is
+    what the source says of it, if it does.
     """
 
     row: int
     messages: tuple[Message | None, ...]
     tools: list[Any] | None = None
     source: str = ""
+    split: str | None = None
+
+    def digest_question(self) -> bytes:
+        """sha256 of what the target is shown first: equal exactly if the same is asked."""
+        question = list(takewhile(lambda message: message is not None, self.messages))
+        return hashlib.sha256(_render([question, self.tools])).digest()
 
 
 def plan_prompt(
@@ -32,6 +40,7 @@ def plan_prompt(
     turns: Literal["all", "last"],
     tools: list[Any] | None = None,
     source: str = "",
+    split: str | None = None,
 ) -> Prompt:
     """Which turns of a conversation the target is to say: every assistant turn, or the last. Raises NoTurnError.
 
@@ -47,7 +56,7 @@ def plan_prompt(
         raise NoTurnError("no turn to answer")
     asked = set(gaps if turns == "all" else gaps[-1:])
     kept = (None if index in asked else message for index, (message, _) in enumerate(pairs[: gaps[-1] + 1]))
-    return Prompt(row=row, messages=tuple(kept), tools=tools, source=source)
+    return Prompt(row=row, messages=tuple(kept), tools=tools, source=source, split=split)
 
 
 def _find_gaps(messages: list[Message]) -> list[bool]:
@@ -72,12 +81,16 @@ class PromptDigest:
         self.num_prompts = 0
 
     def add(self, prompt: Prompt) -> None:
-        line = json.dumps([prompt.row, prompt.messages, prompt.tools], sort_keys=True, default=str)
-        self._digest.update(line.encode() + b"\n")
+        split = [] if prompt.split is None else [prompt.split]
+        self._digest.update(_render([prompt.row, prompt.messages, prompt.tools, *split]) + b"\n")
         self.num_prompts += 1
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
+
+
+def _render(value: list[Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
 
 
 def seed_of(seed: int, *, row: int, turn: int) -> int:

@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO
 
+from stages.prompt_hash import COLUMN
 from stages.regenerate.dialogue import Outcome
 from stages.regenerate.disk import disk_errors
 from stages.regenerate.sampled_rows import SampledRow, render_row
@@ -106,9 +107,10 @@ def _check_identity(found: RegenerationIdentity, wanted: RegenerationIdentity, *
 
 def _render_conversation(outcome: Outcome) -> Iterator[bytes]:
     """A line for each of the conversation's rows."""
-    tools = {"tools": outcome.tools} if outcome.tools else {}
+    shared = {"split": outcome.split, COLUMN: outcome.prompt, "tools": outcome.tools or None}
+    shared = {name: value for name, value in shared.items() if value is not None}
     for row in outcome.rows or [SampledRow(num_messages=len(outcome.messages))]:
-        fields = {"row": outcome.row, **render_row(row, outcome.messages), **tools}
+        fields = {"row": outcome.row, **render_row(row, outcome.messages), **shared}
         yield (json.dumps(fields, ensure_ascii=True) + "\n").encode("ascii")
 
 

@@ -3,10 +3,13 @@
 import json
 from typing import Any
 
+from stages.chat_template import ChatTemplate, ChatTooLargeError
 from stages.regenerate.prompts import Message
+from stages.regeneration_record import RegenerationError
 from stages.thinking import name_thinking
 
 NO_ROOM = "the prompt leaves no room in data.max_length"
+MAX_TOO_LARGE = 8  # renderings one after the other that take too much: the template's fault, not the rows'
 
 
 class RenderError(ValueError):
@@ -14,31 +17,48 @@ class RenderError(ValueError):
 
 
 class PromptRenderer:
-    """Token ids of a conversation with the template's generation prompt behind it."""
+    """Token ids of a conversation with the template's generation prompt behind it.
+
+    `variables` are names that the template may read. Time and memory of a rendering are bounded; where one after the
+    other takes too much, RegenerationError ends the run, which would take days otherwise.
+    """
 
     def __init__(self, tokenizer: Any, *, variables: dict[str, Any]) -> None:
         self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
         self._variables = variables
+        self._num_too_large = 0
 
     def __call__(self, messages: list[Message], *, tools: list[Any] | None) -> list[int]:
         """Raises RenderError."""
-        encoded = self._apply(messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True)
-        return [int(token) for token in encoded["input_ids"]]
+        return self.encode(self._render(messages, tools=tools, ask=True))
 
     def shows(self, messages: list[Message], text: str, *, tools: list[Any] | None) -> bool:
         """Whether the template renders a text that some message of the conversation carries. Raises RenderError."""
-        return text.strip() in str(self._apply(messages, tools=tools, tokenize=False))
+        return text.strip() in self._render(messages, tools=tools)
 
-    def _apply(self, messages: list[Message], *, tools: list[Any] | None, **options: Any) -> Any:
+    def _render(self, messages: list[Message], *, tools: list[Any] | None, ask: bool = False) -> str:
         """With the thinking of earlier turns under the template's name for it; one without a name shows none."""
-        named = name_thinking(messages, lambda some: str(self._apply_as_is(some, tools=tools, tokenize=False)))
-        return self._apply_as_is(named or messages, tools=tools, **options)
+        named = name_thinking(messages, lambda some: self._render_as_is(some, tools=tools))
+        return self._render_as_is(named or messages, tools=tools, ask=ask)
 
-    def _apply_as_is(self, messages: list[Message], **options: Any) -> Any:
+    def _render_as_is(self, messages: list[Message], *, tools: list[Any] | None, ask: bool = False) -> str:
         try:
-            return self._tokenizer.apply_chat_template(messages, **options, **self._variables)
-        except Exception as error:  # a template is a program: it can raise anything
+            row = self._template.open_row(messages, tools=tools, variables=self._variables)
+            text = row.render(row.messages, ask=ask)
+        except ValueError as error:  # the template's, and that there is none
+            self._count_too_large(error)
             raise RenderError(f"chat template: {(str(error).splitlines() or ['?'])[0][:120]}") from error
+        self._num_too_large = 0
+        return text
+
+    def _count_too_large(self, error: ValueError) -> None:
+        self._num_too_large = self._num_too_large + 1 if isinstance(error, ChatTooLargeError) else 0
+        if self._num_too_large == MAX_TOO_LARGE:
+            raise RegenerationError(
+                f"the target's chat template {error}, for {MAX_TOO_LARGE} conversations in a row; name another one in "
+                "data.chat_template"
+            ) from error
 
     def decode(self, ids: list[int]) -> str:
         """Text of answer tokens, markers of thinking and of tool calls included."""
