@@ -120,7 +120,7 @@ def _parse_prompt(number: int, row: Row, *, section: RegenerateSection) -> Promp
     chat = parse_chat(row.value)
     if chat is None:
         raise BadRowError("no column messages or conversations, so nothing that could be answered")
-    source = f"{row.file} row {row.row}"
+    source = f"{redact(row.file)} row {row.row}"
     messages = [
         message | ({"weight": 0} if index in chat.unsupervised else {}) for index, message in enumerate(chat.messages)
     ]  # a turn that is kept stays out of the loss
