@@ -527,10 +527,9 @@ def assert_no_secret(secret: str, *places: Path) -> None:
     assert [path for path in files if secret.encode() in path.read_bytes()] == []
 
 
-@pytest.mark.parametrize("form", ["{}/shared.db?password={}", "file:{}/shared.db?uri=true&token={}"])
-def test_a_data_base_with_a_secret_leaves_none_and_is_continued(cached: Path, tmp_path: Path, form: str) -> None:
+def test_a_data_base_with_a_secret_leaves_none_and_is_continued(cached: Path, tmp_path: Path) -> None:
     secret = "5ecret-of-the-data-base"
-    storage = f'[sweep]\nname = "s"\nstorage = "sqlite:///{form.format(tmp_path, secret)}"\n'
+    storage = f'[sweep]\nname = "s"\nstorage = "sqlite:///{tmp_path}/shared.db?password={secret}"\n'
     file = write_sweep(cached, tmp_path, f'{storage}[sweep.grid]\n"train.seed" = [0, 1]')
     first = start(file, tmp_path / "first.txt")
     wait_for(lambda: any((tmp_path / "run").glob("*/checkpoints/step_*")), first)
@@ -540,7 +539,6 @@ def test_a_data_base_with_a_secret_leaves_none_and_is_continued(cached: Path, tm
     assert second.wait(PATIENCE_SECONDS) == 0, (tmp_path / "second.txt").read_text()
     study = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/shared.db")
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
-    assert "shared.db?" in "".join(path.read_text() for path in (tmp_path / "run").glob("*/config.toml"))
     assert_no_secret(
         secret,
         tmp_path / "run",
