@@ -160,8 +160,10 @@ class StoredArray:
         self._offsets = np.arange(spec.num_chunks + 1, dtype=np.int64) * spec.chunk_bytes
         if spec.compressed:
             footer = file.copy(record.file_bytes - spec.footer_bytes, record.file_bytes).tobytes()
-            where = f"{file.path}: {hint}"
-            self._offsets = spec.parse_footer(footer, file_bytes=record.file_bytes, where=where)
+            try:
+                self._offsets = spec.parse_footer(footer, file_bytes=record.file_bytes, where=str(file.path))
+            except CacheCorruptError as error:
+                raise CacheCorruptError(f"{error}; {hint}") from error
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows [stop - start, *row_shape] of the element's dtype."""

@@ -15,7 +15,7 @@ from pipeline.report.page import write_page
 from stages.errors import SettingError
 from storage import CacheCorruptError, CacheReader, CacheReadError, CacheWriter, pull_cache, repair_cache, verify_cache
 from storage.errors import CacheWriteError
-from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, plan_cache
+from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, make_header, plan_cache
 
 HIDDEN = "shards/00001.zarr/hidden_states/c/0/0/0"
 
@@ -244,6 +244,14 @@ def test_the_remedy_that_is_told_mends_a_pulled_copy_and_an_extracted_cache(
         assert repair_cache(damaged, verify_cache(damaged)).dropped_shards == (1,)
         make_again()
         assert files_of(damaged) == before
+
+
+def test_a_damaged_index_of_inner_chunks_is_told_before_its_remedy(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", header=make_header(encoding="bf16-lossless"))
+    payload = cache / HIDDEN
+    payload.write_bytes(payload.read_bytes()[:-1] + bytes([payload.read_bytes()[-1] ^ 1]))
+    with pytest.raises(CacheCorruptError, match=rf"{HIDDEN}: the index of inner chunks is damaged; run `dspark verify"):
+        list(CacheReader(cache))
 
 
 @pytest.mark.parametrize("name", ["samples/00001.parquet", "index.parquet", "target/config.json"])
