@@ -136,12 +136,11 @@ def _parse_prompt(number: int, row: Row, *, data: DataSection, section: Regenera
     if chat is None:
         raise BadRowError("no column messages or conversations, so nothing that could be answered")
     split = split_by_row(row, data) or ("train" if data.validation_files else None)
+    source = f"{redact(row.file)} row {row.row}"
     messages = [
         message | ({"weight": 0} if index in chat.unsupervised else {}) for index, message in enumerate(chat.messages)
     ]  # a turn that is kept stays out of the loss
-    return plan_prompt(
-        number, messages, turns=section.turns, tools=chat.tools, source=f"{row.file} row {row.row}", split=split
-    )
+    return plan_prompt(number, messages, turns=section.turns, tools=chat.tools, source=source, split=split)
 
 
 def _digest_prompts(prompts: Callable[..., Iterator[Prompt]], config: Config) -> PromptDigest:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from pipeline.logs import LINE_SECONDS, PlainConsole
 from storage import ENCODINGS, CacheReader, RepairReport, TransferResult, VerifyReport
+from storage.commit import MAKER
 from storage.text import format_bytes, format_duration, plain, printable
 
 if TYPE_CHECKING:  # what these import takes seconds
@@ -260,9 +261,9 @@ def repair_report(console: Console, repair: RepairReport) -> None:
     if repair.busy_shards:
         console.print(f"left alone, a writer holds them: shards {_some(repair.busy_shards)}", markup=False)
     if repair.removed and not repair.dropped_shards:
-        console.print("run extract again to compute what is missing")
+        console.print(f"run {MAKER} again to make what is missing")
     if repair.dropped_shards:
-        console.print(f"dropped shards {_some(repair.dropped_shards)}; run extract again to compute them", markup=False)
+        console.print(f"dropped shards {_some(repair.dropped_shards)}; run {MAKER} again to make them", markup=False)
     if repair == RepairReport(dropped_shards=(), busy_shards=(), removed=()):
         console.print("nothing to repair")
 

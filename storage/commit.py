@@ -23,6 +23,13 @@ from storage.manifest import Manifest
 from storage.sealed import Count, Crc32c, Record, SealedRecord, Sha256
 from storage.zarr_array import ArraySpec, plan_arrays
 
+# What to do about a damaged shard, wherever the cache came from.
+MAKER = "the command that made the cache here (extract, import or pull)"
+REMEDY = (
+    f"run `dspark verify --repair` on the cache, then {MAKER} again, which makes only what is damaged anew; "
+    "a staged copy is fetched anew when it is read again"
+)
+
 
 class ArrayRecord(Record):
     """The chunk file of an array: its size and the crc32c of each inner chunk, padding included."""
@@ -182,16 +189,19 @@ def read_commit(planned: PlannedShard, *, has_marker: bool) -> CommitRecord:
     name = layout.commit_name(planned.shard)
     where = planned.root / name
     try:
-        data = read_inside(planned.root, name, max_bytes=planned.max_commit_bytes)
+        record = record_type(planned).parse(
+            read_inside(planned.root, name, max_bytes=planned.max_commit_bytes), where=str(where)
+        )
     except FileNotFoundError as error:
-        raise CacheCorruptError(f"{where}: is gone; {remedy(planned.shard)}") from error
-    record = record_type(planned).parse(data, where=str(where))
+        raise CacheCorruptError(f"{where}: is gone; {REMEDY}") from error
+    except CacheCorruptError as error:
+        raise CacheCorruptError(f"{error}; {REMEDY}") from error
     check_commit(record, planned, where=str(where))
     if bool(record.excluded) != has_marker:
         state = "has no" if record.excluded else "has a"
         raise CacheCorruptError(
             f"{where}: names {len(record.excluded)} excluded samples, but the shard {state} marker "
-            f"{layout.excluded_name(planned.shard)}; {remedy(planned.shard)}"
+            f"{layout.excluded_name(planned.shard)}; {REMEDY}"
         )
     return record
 
@@ -214,12 +224,4 @@ def check_commit(record: CommitRecord, planned: PlannedShard, *, where: str) -> 
         if array and not (spec.fits(array.file_bytes) and len(array.chunk_crc32c) == spec.num_chunks):
             wrong.append(f"{spec.name} {array.file_bytes} bytes, planned {spec.max_file_bytes}")
     if wrong:
-        raise CacheFormatError(f"{where}: is of another shard or plan: {'; '.join(wrong)}; {remedy(planned.shard)}")
-
-
-def remedy(shard: int) -> str:
-    """What to do about a damaged shard."""
-    return (
-        f"delete {layout.commit_name(shard)} and run extract again (of a copy: pull again; of a staged one: read "
-        "again), which makes only this shard anew"
-    )
+        raise CacheFormatError(f"{where}: is of another shard or plan: {'; '.join(wrong)}; {REMEDY}")

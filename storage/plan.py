@@ -22,6 +22,9 @@ from storage.samples import PlannedSample, parse_samples, samples_size
 from storage.tables import SAMPLES_SCHEMA
 from storage.zarr_array import group_metadata
 
+# What to do about a damaged file of the plan: no shard can be made without it.
+PLAN_REMEDY = "put it back from a copy of the cache, or make the cache (extract, import or pull) in an empty folder"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CachePlan:
@@ -119,10 +122,11 @@ def read_recorded(root: Path, name: str, manifest: Manifest) -> bytes:
     try:
         data = read_inside(root, name, num_bytes=record.num_bytes)
     except FileNotFoundError as error:
-        raise CacheCorruptError(f"{root / name}: is named in {layout.MANIFEST}, but is gone") from error
+        raise CacheCorruptError(f"{root / name}: is named in {layout.MANIFEST}, but is gone; {PLAN_REMEDY}") from error
     if (found := crc32c_hex(data)) != record.crc32c:
         raise CacheCorruptError(
-            f"{root / name}: has crc32c {found}, {layout.MANIFEST} says {record.crc32c}; the file is damaged"
+            f"{root / name}: has crc32c {found}, {layout.MANIFEST} says {record.crc32c}; the file is damaged; "
+            f"{PLAN_REMEDY}"
         )
     return data
 
@@ -133,11 +137,12 @@ def check_recorded(root: Path, name: str, manifest: Manifest) -> None:
     try:
         num_bytes, crc32c = hash_inside(root, name)
     except FileNotFoundError as error:
-        raise CacheCorruptError(f"{root / name}: is named in {layout.MANIFEST}, but is gone") from error
+        raise CacheCorruptError(f"{root / name}: is named in {layout.MANIFEST}, but is gone; {PLAN_REMEDY}") from error
     if (num_bytes, crc32c) != (record.num_bytes, record.crc32c):
         raise CacheCorruptError(
             f"{root / name}: has {num_bytes} bytes with crc32c {crc32c}, expected {record.num_bytes} with "
-            f"{record.crc32c}; the file is damaged"
+            f"{record.crc32c}; the file is damaged; "
+            f"{PLAN_REMEDY}"
         )
 
 

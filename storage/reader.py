@@ -10,13 +10,10 @@ is ever written, and any number of readers may use one cache.
 
 import operator
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, SupportsIndex
+from typing import Literal, Self, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -24,23 +21,19 @@ import torch
 
 from storage import layout
 from storage.bounds import MAX_TARGET_TEXT_BYTES
-from storage.commit import CommitRecord, PlannedShard, list_commits, plan_shard, read_commit, remedy
+from storage.commit import CommitRecord, PlannedShard, list_commits, read_commit
 from storage.errors import CacheCorruptError, CacheFormatError, CacheIncompleteError, CacheUsageError
 from storage.manifest import SPLITS, CacheIdentity, Manifest, Split
 from storage.mounts import is_network_path
-from storage.plan import CachePlan, check_recorded, read_shard_samples
-from storage.read_ahead import ReadAhead
+from storage.open_shards import OpenShards
+from storage.plan import CachePlan, check_recorded
 from storage.remote import is_remote
-from storage.samples import PlannedSample, ShardTokens, concatenate
-from storage.shard_files import Access, States, open_arrays
-from storage.staging import Lease, StagedCache
+from storage.staging import StagedCache
 from storage.text import redact
 
 Io = Literal["auto", "mmap", "pread"]
 Checks = Literal["touch", "size"]
 
-# Open shards a process keeps: two files and two mappings each, well under the usual limit of 1,024 open files.
-MAX_OPEN_SHARDS = 128
 NUM_AHEAD = 4  # shards of a remote cache that are fetched before they are read: a shuffle window of the default size
 
 
@@ -59,30 +52,6 @@ class Sample:
     num_tokens: int
     sample_id: int
     split: Split
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _OpenShard:
-    tokens: ShardTokens
-    hidden: States
-    last: States
-    lease: Lease | None  # of a remote cache: keeps the shard in the staging folder
-
-
-@dataclass(kw_only=True, eq=False)
-class _State:
-    """What one process has open."""
-
-    pid: int = field(default_factory=os.getpid)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    shards: OrderedDict[int, _OpenShard] = field(default_factory=OrderedDict)
-    tokens: OrderedDict[int, ShardTokens] = field(default_factory=OrderedDict)
-    ahead: ReadAhead | None = None
-    pool: Executor | None = None
-
-    def __del__(self) -> None:
-        if self.ahead is not None:
-            self.ahead.stop()
 
 
 class CacheReader(Sequence[Sample]):
@@ -120,14 +89,14 @@ class CacheReader(Sequence[Sample]):
         self._selection = _plan_selection([places[layer] for layer in self._layers])
         self._io: Io = io
         self._checks: Checks = checks
-        self._mapped = io == "mmap" or (io == "auto" and not is_network_path(self._plan.path))
         self._partial = partial
         listed = self._staged.list_commits() if self._staged else list_commits(self._plan.path)
         commits, markers = _check_commits(self._plan, listed, where=self.place, partial=partial)
-        self._markers = commits & markers
+        markers = commits & markers
         read_record = self._staged.read_commit if self._staged else _read_excluding
-        self._rows = _kept_rows(self._plan, commits, self._markers, read_record)
-        self._state = _State()
+        self._rows = _kept_rows(self._plan, commits, markers, read_record)
+        mapped = io == "mmap" or (io == "auto" and not is_network_path(self._plan.path))
+        self._opened = OpenShards(self._plan, self._staged, markers=markers, mapped=mapped, check=checks == "touch")
 
     def with_layers(self, layers: Iterable[int] | None) -> Self:
         """A reader of other layers of the same cache, with shards of its own; manifest and index are not read again."""
@@ -135,7 +104,7 @@ class CacheReader(Sequence[Sample]):
         other.__dict__.update(self.__dict__)
         other._layers = _parse_layers(layers, self._plan)
         other._selection = _plan_selection([self.identity.layers.index(layer) for layer in other._layers])
-        other._state = _State()
+        other._opened = self._opened.renewed()
         return other
 
     def __len__(self) -> int:
@@ -143,14 +112,14 @@ class CacheReader(Sequence[Sample]):
 
     def __getitem__(self, index: SupportsIndex) -> Sample:  # type: ignore[override]
         row, shard, tokens = self._locate(index)
-        opened = self._open_shard(shard)
+        opened = self._opened.open(shard)
         columns = self._plan.index
         try:
             hidden_TLD, last_TD = (states.read(tokens.start, tokens.stop) for states in (opened.hidden, opened.last))
         except (CacheCorruptError, CacheFormatError):
             if self._staged is None:
                 raise
-            opened = self._heal_shard(shard, self._staged)
+            opened = self._opened.heal(shard, self._staged)
             hidden_TLD, last_TD = (states.read(tokens.start, tokens.stop) for states in (opened.hidden, opened.last))
         sample = Sample(
             input_ids=torch.from_numpy(opened.tokens.input_ids[tokens].copy()),
@@ -161,13 +130,13 @@ class CacheReader(Sequence[Sample]):
             sample_id=int(columns.sample_ids[row]),
             split=SPLITS[columns.split_codes[row]],
         )
-        self._count_read(row, shard)
+        self._opened.count_read(row, shard)
         return sample
 
     def read_tokens(self, index: SupportsIndex) -> tuple[torch.Tensor, torch.Tensor]:
         """``input_ids`` [T] int32 and ``loss_mask`` [T] uint8 of a sample, without touching its states."""
         _, shard, rows = self._locate(index)
-        tokens = self._open_tokens(shard)
+        tokens = self._opened.open_tokens(shard)
         return torch.from_numpy(tokens.input_ids[rows].copy()), torch.from_numpy(tokens.loss_mask[rows].copy())
 
     def plan_reads(self, indices: npt.NDArray[np.int64], *, num_ahead: int = NUM_AHEAD) -> None:
@@ -177,13 +146,7 @@ class CacheReader(Sequence[Sample]):
         shard is given up before its last one was. Its errors are raised where the next shard is opened. A later call
         replaces the plan; for a local cache there is nothing to do.
         """
-        if self._staged is None:
-            return
-        state = self._own_state()
-        if state.ahead is not None:
-            state.ahead.stop()
-        rows = self._rows[indices]
-        state.ahead = ReadAhead(self._staged.acquire, rows, self._plan.index.shards, num_ahead=num_ahead)
+        self._opened.plan_reads(self._rows[indices], num_ahead=num_ahead)
 
     def _locate(self, index: SupportsIndex) -> tuple[int, int, slice]:
         """Row of the index, the shard, and the sample's token rows in it."""
@@ -207,7 +170,7 @@ class CacheReader(Sequence[Sample]):
 
     def close(self) -> None:
         """Let go of everything open in this process; the reader opens again when it is used again."""
-        self._state = _State()
+        self._opened.close()
 
     @property
     def path(self) -> Path:
@@ -311,124 +274,6 @@ class CacheReader(Sequence[Sample]):
             raise CacheUsageError(f"split is one of {SPLITS}, got {split!r}")
         return np.flatnonzero(self._plan.index.split_codes[self._rows] == SPLITS.index(split))
 
-    def _own_state(self) -> _State:
-        if self._state.pid != os.getpid():  # a forked child: it must not share a lock or the list of checked chunks
-            self._state = _State()
-        return self._state
-
-    def _open_shard(self, shard: int) -> _OpenShard:
-        state = self._own_state()
-        with state.lock:
-            opened = state.shards.get(shard)
-            if opened is not None:
-                state.shards.move_to_end(shard)
-                return opened
-        tokens = self._open_tokens(shard)
-        lease = self._stage(state, shard)  # may take long: other threads go on reading what is open
-        with state.lock:
-            opened = state.shards.get(shard)
-            if opened is None:
-                opened = state.shards[shard] = self._read_or_heal(shard, tokens, lease)
-            if self._staged is not None:  # of shards that no plan needs, one at a time: others may want the space
-                for other in [other for other in state.shards if other != shard and not _is_needed(state, other)]:
-                    _close(state.shards.pop(other))
-            _trim(state.shards)
-            return opened
-
-    def _heal_shard(self, shard: int, staged: StagedCache) -> _OpenShard:
-        """Open a shard again whose staged copy proved damaged, once it is fetched anew."""
-        state = self._own_state()
-        with state.lock:
-            damaged = state.shards.pop(shard, None)
-        lease = damaged.lease if damaged else None
-        lease = lease or staged.acquire(shard, release=lambda: self._release(state))
-        staged.heal(shard)
-        tokens = self._open_tokens(shard)
-        with state.lock:
-            opened = state.shards[shard] = self._read_shard(shard, tokens, lease)
-            return opened
-
-    def _read_or_heal(self, shard: int, tokens: ShardTokens, lease: Lease | None) -> _OpenShard:
-        """Open a shard; the copy of a remote one is fetched again, once, if it is damaged."""
-        try:
-            return self._read_shard(shard, tokens, lease)
-        except (CacheCorruptError, CacheFormatError):
-            if self._staged is None:
-                raise
-        self._staged.heal(shard)
-        return self._read_shard(shard, tokens, lease)
-
-    def _open_tokens(self, shard: int) -> ShardTokens:
-        state = self._own_state()
-        with state.lock:
-            tokens = state.tokens.get(shard)
-            if tokens is None:
-                tokens = state.tokens[shard] = concatenate(self._read_samples(shard))
-            state.tokens.move_to_end(shard)
-            _trim(state.tokens)
-            return tokens
-
-    def _read_samples(self, shard: int) -> list[PlannedSample]:
-        if self._staged is not None:
-            self._staged.fetch_samples(shard)
-        plan = self._plan
-        try:
-            return read_shard_samples(plan.path, plan.manifest, plan.index, shard)
-        except (CacheCorruptError, CacheFormatError):
-            if self._staged is None:
-                raise
-        self._staged.fetch_samples(shard, again=True)
-        return read_shard_samples(plan.path, plan.manifest, plan.index, shard)
-
-    def _stage(self, state: _State, shard: int) -> Lease | None:
-        """Have the shard of a remote cache in the staging folder."""
-        if self._staged is None:
-            return None
-        lease = state.ahead.take(shard) if state.ahead else None
-        return lease or self._staged.acquire(shard, release=lambda: self._release(state))
-
-    def _release(self, state: _State) -> bool:
-        """Let one staged shard go for the sake of another: rather one that no plan needs, or needs last."""
-        with state.lock:
-            spare = next((shard for shard in state.shards if not _is_needed(state, shard)), None)
-            if spare is None and state.ahead and state.ahead.give_back():
-                return True
-            if spare is None:
-                spare = next(iter(state.shards), None)
-            if spare is None:
-                return False
-            _close(state.shards.pop(spare))
-            return True
-
-    def _count_read(self, row: int, shard: int) -> None:
-        """Let a staged shard go once its last planned sample was read."""
-        state = self._state
-        if state.ahead is not None and state.ahead.finish(row):
-            with state.lock:
-                opened = state.shards.pop(shard, None)
-            if opened is not None:
-                _close(opened)
-            state.ahead.wake()
-
-    def _read_shard(self, shard: int, tokens: ShardTokens, lease: Lease | None) -> _OpenShard:
-        plan = self._plan
-        planned = plan_shard(plan.path, plan.manifest, plan.index, shard)
-        record = read_commit(planned, has_marker=shard in self._markers)
-        if tokens.digest != record.token_digest:
-            raise CacheCorruptError(
-                f"{plan.path}: shard {shard} was computed from other tokens than the plan has; {remedy(shard)}"
-            )
-        access = Access(mapped=self._mapped, check=self._checks == "touch", pool=self._decode_pool())
-        hidden, last = open_arrays(planned, record, access)
-        return _OpenShard(tokens=tokens, hidden=hidden, last=last, lease=lease)
-
-    def _decode_pool(self) -> Executor | None:
-        """Threads that decompress side by side, in this process; called under the state's lock."""
-        state = self._state
-        if state.pool is None and self.manifest.header.encoding.compressed:
-            state.pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="decode")
-        return state.pool
-
     def _select(self, hidden_TLD: torch.Tensor) -> torch.Tensor:
         """Keep the wanted layers: a view where their places are evenly spaced, else a copy."""
         if isinstance(self._selection, slice):
@@ -451,22 +296,6 @@ def _plan_selection(places: Sequence[int]) -> slice | torch.Tensor:
     if list(places) == list(range(places[0], places[-1] + 1, step)):
         return slice(places[0], places[-1] + 1, step)
     return torch.tensor(places)
-
-
-def _is_needed(state: _State, shard: int) -> bool:
-    """Whether planned reads of a shard are still to come in this process."""
-    return state.ahead is not None and state.ahead.needs(shard)
-
-
-def _close(opened: _OpenShard) -> None:
-    """Let the staging folder evict a shard. What others still read of it stays readable: its files are open."""
-    if opened.lease is not None:
-        opened.lease.release()
-
-
-def _trim(opened: OrderedDict[int, Any]) -> None:
-    while len(opened) > MAX_OPEN_SHARDS:
-        opened.popitem(last=False)
 
 
 def _check_commits(

@@ -12,7 +12,7 @@ from storage.commit import list_commits
 from storage.errors import CacheBusyError, CacheCorruptError, CacheReadError
 from storage.files import check_folders, disk_errors, sync_directory
 from storage.locks import locked_shard
-from storage.plan import CachePlan
+from storage.plan import PLAN_REMEDY, CachePlan
 from storage.temps import remove_stale_temps, remove_tree
 from storage.verify import VerifyReport, is_damaged
 
@@ -62,8 +62,8 @@ def _check_repairable(root: Path, report: VerifyReport) -> None:
     files = {kind: sorted({problem.file for problem in report.problems if problem.kind == kind}) for kind in _REFUSED}
     if files["plan"]:
         raise CacheCorruptError(
-            f"{root}: cannot be repaired: {_some(files['plan'])} of its plan is damaged, and extract computes shards "
-            "from the plan; put these files back from a copy, or delete the folder and extract again"
+            f"{root}: cannot be repaired: {_some(files['plan'])} of its plan is damaged, and shards are made from the "
+            f"plan; {PLAN_REMEDY}"
         )
     if files["unreadable"]:
         raise CacheReadError(

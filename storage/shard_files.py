@@ -21,7 +21,7 @@ import torch
 
 from storage import layout
 from storage.codecs import decompress, dequantize
-from storage.commit import ArrayRecord, CommitRecord, PlannedShard, remedy
+from storage.commit import REMEDY, ArrayRecord, CommitRecord, PlannedShard
 from storage.encodings import Encoding, Scaling
 from storage.errors import CacheCorruptError, CacheFormatError, CacheReadError
 from storage.files import crc32c_hex, extend_crc32c, open_inside, read_inside
@@ -160,8 +160,10 @@ class StoredArray:
         self._offsets = np.arange(spec.num_chunks + 1, dtype=np.int64) * spec.chunk_bytes
         if spec.compressed:
             footer = file.copy(record.file_bytes - spec.footer_bytes, record.file_bytes).tobytes()
-            where = f"{file.path}: {hint}"
-            self._offsets = spec.parse_footer(footer, file_bytes=record.file_bytes, where=where)
+            try:
+                self._offsets = spec.parse_footer(footer, file_bytes=record.file_bytes, where=str(file.path))
+            except CacheCorruptError as error:
+                raise CacheCorruptError(f"{error}; {hint}") from error
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows [stop - start, *row_shape] of the element's dtype."""
@@ -259,7 +261,7 @@ def open_arrays(planned: PlannedShard, record: CommitRecord, access: Access) -> 
     """Open hidden_states and last_hidden_states of a committed shard."""
     for spec in planned.arrays:
         _check_metadata(planned, spec)
-    folder, hint = planned.root / layout.shard_name(planned.shard), remedy(planned.shard)
+    folder, hint = planned.root / layout.shard_name(planned.shard), REMEDY
     hidden, last = (
         open_states(folder, planned.specs_of(name), record.arrays, planned.encoding, access, hint=hint)
         for name in (layout.HIDDEN_STATES, layout.LAST_HIDDEN_STATES)
@@ -310,11 +312,11 @@ def _check_metadata(planned: PlannedShard, spec: ArraySpec) -> None:
     try:
         found = read_inside(planned.root, name, max_bytes=len(spec.metadata()))
     except FileNotFoundError as error:
-        raise CacheCorruptError(f"{planned.root / name}: is gone, but committed; {remedy(planned.shard)}") from error
+        raise CacheCorruptError(f"{planned.root / name}: is gone, but committed; {REMEDY}") from error
     except CacheFormatError:
         found = b""  # more bytes than it can have
     if found != spec.metadata():
         raise CacheCorruptError(
             f"{planned.root / name}: is not the metadata of {spec.num_rows} rows of {list(spec.row_shape)} in "
-            f"{planned.encoding.name}; {remedy(planned.shard)}"
+            f"{planned.encoding.name}; {REMEDY}"
         )

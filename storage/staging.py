@@ -32,7 +32,7 @@ from storage.fetch import fetch_commit, fetch_manifest, fetch_recorded, fetch_sh
 from storage.files import check_folders, sync_directory, write_atomic
 from storage.locks import exclusive, lock, locked_shard, open_lock, unlock
 from storage.manifest import Manifest
-from storage.plan import CachePlan
+from storage.plan import PLAN_REMEDY, CachePlan
 from storage.remote import RemoteStore
 from storage.temps import remove_stale_temps, remove_tree
 
@@ -116,7 +116,7 @@ class StagedCache:
                 write_atomic(root / layout.MANIFEST, data, fault="staging.manifest")
             return CachePlan.read(root)
         except (CacheCorruptError, CacheFormatError) as error:
-            logger.warning("%s; it is fetched again", error)
+            logger.warning("%s; it is fetched again", str(error).removesuffix(f"; {PLAN_REMEDY}"))
         fetch_recorded(self.store, layout.INDEX, manifest, root=root, again=True)
         write_atomic(root / layout.MANIFEST, data, fault="staging.manifest")
         return CachePlan.read(root)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from storage import layout
-from storage.commit import CommitRecord, PlannedShard, list_commits, parse_commits, read_commit, remedy
+from storage.commit import REMEDY, CommitRecord, PlannedShard, list_commits, parse_commits, read_commit
 from storage.errors import (
     CacheBusyError,
     CacheCorruptError,
@@ -192,7 +192,7 @@ def _push_shard(store: RemoteStore, planned: PlannedShard, record: CommitRecord)
         if problem is None and not _has_bytes(planned.root, metadata, spec.metadata()):
             name, problem = metadata, "its bytes are not the ones that the plan implies"
         if problem is not None:
-            raise CacheCorruptError(f"{planned.root / name}: {problem}; not pushed; {remedy(planned.shard)}")
+            raise CacheCorruptError(f"{planned.root / name}: {problem}; not pushed; {REMEDY}")
         store.write(metadata, spec.metadata())
         store.put(planned.root / name, name)
         fault_point("push.array")
@@ -246,7 +246,7 @@ def _find_damage(planned: PlannedShard) -> str | None:
             for problem in find_array_problems(planned.root, name, spec, record.arrays[spec.name], quick=True):
                 return f"{name}: {problem}"
     except (CacheCorruptError, CacheFormatError, FileNotFoundError) as error:
-        return str(error)
+        return str(error).removesuffix(f"; {REMEDY}")  # this pull is the remedy
     except CacheReadError as error:
         raise CacheReadError(f"{error}; it may be sound and is left as it is: see to this and pull again") from error
     return None

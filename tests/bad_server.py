@@ -69,6 +69,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(400, {"error": {"message": "maximum context length is 8 tokens", "code": "context"}})
             case "401" | "404":
                 self.send(int(mode), {"error": {"message": f"not for {self.headers.get('Authorization')}"}})
+            case "echo":
+                self.send(400, {"error": {"message": f"no {self.path} for {self.headers.get('Authorization')}"}})
             case "reset" if is_first:
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.connection.close()

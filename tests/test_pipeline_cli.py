@@ -8,11 +8,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from pipeline import cli
 from pipeline.cli import main
 from pipeline.config import load_config, to_toml
 from stages.evaluate.calibration import read_calibration
@@ -127,6 +129,13 @@ def test_errors_are_one_message_without_a_traceback(config_file: Path, arguments
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit), result.exception
     assert f"Error: {message}" in result.output or message in result.output.rsplit("Error: ", 1)[-1]
+
+
+def test_memory_that_runs_out_is_one_line(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "load_config", lambda *_: np.empty(1 << 60, dtype=np.uint8))  # an exabyte
+    result = CliRunner().invoke(main, ["estimate", str(config_file)])
+    assert result.exit_code == 1
+    assert result.output == "Error: out of memory; see what else runs on this machine\n"
 
 
 def test_a_draft_of_another_target_is_not_evaluated(config_file: Path, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_verify_repair_extract_gives_the_same_bytes(tmp_path: Path) -> None:
     record = cache / "commits/00002.json"
     record.write_bytes(record.read_bytes()[:-9])
     output = dspark("verify", "--repair", file, ok=False).output
-    assert "dropped shards 0, 1, 2; run extract again" in output
+    assert "dropped shards 0, 1, 2; run the command that made the cache" in output
     assert "3 of" in dspark("extract", file).output
     assert files_of(cache) == before
     dspark("verify", file)

@@ -524,3 +524,40 @@ def test_ranks_take_no_two_trials_at_once(cached: Path, tmp_path: Path) -> None:
     config = load_config(write_sweep(cached, tmp_path, '[sweep]\nparallel = 2\n[sweep.grid]\n"train.seed" = [0, 1]'))
     with pytest.raises(SettingError, match=r"sweep.parallel: is 2, but the 3 processes of torchrun"):
         sweep_command.sweep(config, ranks=Ranks(rank=1, world=3), console=Console())
+
+
+def assert_no_secret(secret: str, *places: Path) -> None:
+    files = [path for place in places for path in (place, *place.rglob("*")) if path.is_file()]
+    assert files
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+
+
+def test_a_data_base_with_a_secret_leaves_none_and_is_continued(cached: Path, tmp_path: Path) -> None:
+    secret = "5ecret-of-the-data-base"
+    storage = f'[sweep]\nname = "s"\nstorage = "sqlite:///{tmp_path}/shared.db?password={secret}"\n'
+    file = write_sweep(cached, tmp_path, f'{storage}[sweep.grid]\n"train.seed" = [0, 1]')
+    first = start(file, tmp_path / "first.txt")
+    wait_for(lambda: any((tmp_path / "run").glob("*/checkpoints/step_*")), first)
+    first.kill()
+    first.wait()
+    second = start(file, tmp_path / "second.txt")
+    assert second.wait(PATIENCE_SECONDS) == 0, (tmp_path / "second.txt").read_text()
+    study = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/shared.db")
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+    assert_no_secret(
+        secret,
+        tmp_path / "run",
+        cached / "cache",
+        *(tmp_path / name for name in ("first.txt", "second.txt", "shared.db")),
+    )
+
+
+@pytest.mark.parametrize("password", ["5ecret", "a/5ecret", "a@5ecret", "5ecret%2F"])
+def test_a_data_base_that_refuses_is_told_without_its_secret(cached: Path, tmp_path: Path, password: str) -> None:
+    storage = f'[sweep]\nstorage = "postgresql://user:{password}@127.0.0.1:1/db"\n'
+    file = write_sweep(cached, tmp_path, f'{storage}[sweep.grid]\n"train.seed" = [0, 1]')
+    result = run(file)
+    assert result.exit_code == 1
+    assert "sweep.storage: cannot be used" in result.output
+    assert "5ecret" not in result.output
+    assert_no_secret("5ecret", tmp_path / "run")

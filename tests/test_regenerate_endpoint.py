@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -498,3 +499,27 @@ def test_a_real_server_refuses_another_model(tmp_path: Path, real_server: str) -
         run(config, real_server)
     assert read_failures(tmp_path / "out")[0][1].startswith("status 400: ")
     assert "nobody/knows" in read_failures(tmp_path / "out")[0][1]
+
+
+def test_an_address_with_secrets_leaves_none_and_is_continued(
+    tmp_path: Path, server: tuple[str, Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, seen = server
+    monkeypatch.delenv("OPENAI_API_KEY")
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(ask_for(tmp_path, ["fine a", "echo b", "fine c"])))
+    output = ""
+    for secret in ("first5ecret", "second5ecret"):  # a new token makes no other answers
+        address = url.replace("//", f"//user:{secret}@") + f"?version=v5&token={secret}"
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", "--verbose", "regenerate", str(file), "--endpoint", address],
+            capture_output=True, text=True, timeout=200, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        output += done.stdout + done.stderr
+    assert seen.attempts() == {"fine a": 1, "echo b": 2, "fine c": 1}
+    assert "no /v1/chat/completions?version=v5&token=*** for Basic ***" in read_failures(tmp_path / "out")[1][1]
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    for secret in ("5ecret", *(b64encode(f"user:{which}5ecret".encode()).decode() for which in ("first", "second"))):
+        assert secret not in output
+        assert secret.encode() not in kept

@@ -21,11 +21,12 @@ import pytest
 import parquet_forgery as forgery
 from parquet_forgery import I32, I64, STRUCT
 from storage import CacheError, CachePlan, CacheReader, verify_cache
+from storage.bounds import MAX_TARGET_TEXT_BYTES
 from storage.errors import CacheFormatError, CacheUsageError
 from storage.index import PlanIndex, parse_index, render_index
 from storage.manifest import PlanSummary
 from storage.tables import MAX_ROWS_PER_BYTE
-from storage_cache import make_cache, make_header, make_samples
+from storage_cache import fill_cache, make_cache, make_header, make_samples
 from test_storage_fuzz import record_anew, reseal
 
 ROOM = 1000 << 20  # of which the forty threads of a pull reserve a third as their stacks
@@ -264,3 +265,20 @@ def test_the_smallest_honest_index_is_read() -> None:
     totals = {"num_samples": num_rows, "num_tokens": num_rows, "num_supervised": 0, "num_shards": num_rows // 200}
     plan = PlanSummary(**totals, payload_bytes=0, splits={}, dropped={})
     assert np.array_equal(parse_index(data, plan, make_header(), where="x").sample_ids, index.sample_ids)
+
+
+def test_a_text_of_the_target_that_is_too_large_is_neither_read_nor_fetched(tmp_path: Path) -> None:
+    def write_target(folder: Path) -> None:
+        for name in ("head.safetensors", "tokenizer.json"):
+            with (folder / name).open("wb") as file:
+                file.truncate(MAX_TARGET_TEXT_BYTES + 1)  # sparse: no disk is taken
+
+    cache = tmp_path / "c"
+    CachePlan.write(cache, make_samples([9, 4]), header=make_header(), write_target=write_target)
+    fill_cache(cache)
+    refusal = f"target/tokenizer.json: is larger than {MAX_TARGET_TEXT_BYTES} bytes"
+    for address in (cache, f"file://{cache}"):
+        with CacheReader(address, staging=tmp_path / "s") as reader, pytest.raises(CacheFormatError, match=refusal):
+            reader.check_target()
+    assert list(tmp_path.glob("s/*/index.parquet"))
+    assert not list(tmp_path.glob("s/*/target/tokenizer.json"))

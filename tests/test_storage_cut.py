@@ -1,14 +1,20 @@
 """A shard's file that is cut while it is open: an error, never a SIGBUS."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from pipeline.config import to_toml
+from stages.train.metrics import read_metrics
 from storage import CacheCorruptError, CacheReader
 from storage_cache import make_cache, make_header
+from tiny_target import make_config
 
 HIDDEN, LAST = "hidden_states/c/0/0/0", "last_hidden_states/c/0/0"
 
@@ -66,3 +72,32 @@ def test_a_checked_chunk_is_a_view_and_is_read_once(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "preadv", lambda *arguments: calls.append(1) or 0)
     reader[0]
     assert not calls
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_a_shard_that_is_cut_under_a_training(cached: Path, tmp_path: Path, io: str) -> None:
+    cache, run_dir = tmp_path / "cache", tmp_path / "run"
+    shutil.copytree(cached / "cache", cache)
+    steps = {"train__max_steps": 1_000_000, "train__epochs": 1_000_000, "train__checkpoint_every": 1_000_000}
+    config = make_config(cached, cache__path=cache, cache__io=io, train__run_dir=run_dir, **steps)
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    command = [sys.executable, "-m", "pipeline.cli", "train", str(tmp_path / "config.toml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    training = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 180
+        while not any(row["step"] >= 10 for row in read_metrics(run_dir)):  # two epochs: every chunk was touched
+            assert training.poll() is None, training.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for shard in cache.glob("shards/*.zarr"):
+            os.truncate(shard / HIDDEN, 100)
+        output, _ = training.communicate(timeout=180)
+    finally:
+        training.kill()
+        training.wait()
+    assert training.returncode == 1, (training.returncode, output)  # -7 were SIGBUS
+    assert re.search(r"Error: .*hidden_states/c/0/0/0: has 100 bytes.*dspark verify --repair", output, re.DOTALL), (
+        output
+    )
+    assert "Traceback" not in output

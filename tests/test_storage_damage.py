@@ -156,7 +156,7 @@ def test_everything_of_two_shards_swapped_is_found(tmp_path: Path) -> None:
     swap(cache, "commits/00000.json", "commits/00001.json")
     assert not verify_cache(cache).ok
     with pytest.raises(
-        CacheFormatError, match=r"is of another shard or plan: shard 1, planned 0; delete commits/00000"
+        CacheFormatError, match=r"is of another shard or plan: shard 1, planned 0; run `dspark verify --repair`"
     ):
         CacheReader(cache)[0]
 
@@ -181,7 +181,7 @@ def test_deleting_the_record_repairs_a_damaged_shard(cache: Path) -> None:
     payload = cache / "shards/00001.zarr/hidden_states/c/0/0/0"
     with payload.open("r+b") as file:
         file.write(b"damage")
-    with pytest.raises(CacheCorruptError, match=r"inner chunk 0 .*delete commits/00001\.json and run extract again"):
+    with pytest.raises(CacheCorruptError, match=r"inner chunk 0 .*run `dspark verify --repair` on the cache"):
         read_all(cache)
     report = verify_cache(cache)
     (problem,) = report.problems

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from storage import CacheReader, CacheUsageError, CacheWriter, mounts, reader
+from storage import CacheReader, CacheUsageError, CacheWriter, mounts, open_shards
 from storage_cache import LENGTHS, check_samples, fill_cache, make_cache, make_header, plan_cache, write_target
 
 ROOT = Path(__file__).parent.parent
@@ -118,7 +118,7 @@ def test_states_are_views_of_the_mapping_and_writes_never_reach_the_file(cache: 
 
 
 def test_samples_outlive_the_reader_and_the_list_of_open_shards(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(open_shards, "MAX_OPEN_SHARDS", 1)
     opened = CacheReader(cache, io="mmap")
     kept = list(opened)
     sums = [float(sample.hidden_states.float().sum()) for sample in kept]
@@ -194,7 +194,7 @@ def test_a_forked_child_opens_for_itself(cache: Path, io: str) -> None:
     """Forked while another thread holds the lock: a child that shared it would hang."""
     opened = CacheReader(cache, io=io)  # type: ignore[arg-type]
     opened[0]
-    opened._state.lock.acquire()
+    opened._opened._state.lock.acquire()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
@@ -205,13 +205,13 @@ def test_a_forked_child_opens_for_itself(cache: Path, io: str) -> None:
             status = 0
         os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
-    opened._state.lock.release()
+    opened._opened._state.lock.release()
     check_samples(opened, LENGTHS)
 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 def test_many_threads_share_a_reader(cache: Path, io: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(open_shards, "MAX_OPEN_SHARDS", 2)
     opened = CacheReader(cache, io=io)  # type: ignore[arg-type]
     barrier = threading.Barrier(6)
 

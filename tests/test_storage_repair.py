@@ -113,7 +113,7 @@ def test_a_damaged_plan_is_refused_and_nothing_is_dropped(
     flip(states_file(cache, 0))
     damage(cache / name)
     before = files_of(cache)
-    with pytest.raises(CacheCorruptError, match=rf"cannot be repaired: {name} of its plan .* put these files back"):
+    with pytest.raises(CacheCorruptError, match=rf"cannot be repaired: {name} of its plan .* put it back"):
         repair(cache)
     assert files_of(cache) == before
 

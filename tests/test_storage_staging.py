@@ -302,7 +302,7 @@ def test_a_forked_child_fetches_for_itself_and_keeps_no_lock(url: str, tmp_path:
     reader = CacheReader(url, staging=tmp_path, staging_bytes=bound)
     reader.plan_reads(np.arange(len(reader)), num_ahead=1)
     reader[0]
-    reader._state.lock.acquire()  # a child that shared it would hang
+    reader._opened._state.lock.acquire()  # a child that shared it would hang
     leave, waiting = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -321,7 +321,7 @@ def test_a_forked_child_fetches_for_itself_and_keeps_no_lock(url: str, tmp_path:
             status = 0
         os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
-    reader._state.lock.release()
+    reader._opened._state.lock.release()
     check_samples(reader, LENGTHS, exclude=(103,))
     os.write(waiting, b"x")
     assert os.waitpid(idle, 0)[1] == 0
@@ -371,7 +371,7 @@ def test_a_flipped_byte_in_the_store_never_arrives(store: ObjectStore, cache: Pa
     for plan in (False, True):
         if plan:  # the thread meets it ahead of the read
             reader.plan_reads(np.arange(first, len(reader)))
-            wait_for(lambda: reader._state.ahead._error is not None)
+            wait_for(lambda: reader._opened._state.ahead._error is not None)
         with pytest.raises(
             CacheCorruptError, match=r"s3://caches-\w+/flipped/.*inner chunk 0 has crc32c .*push this shard"
         ):

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline.report.page import write_page
 from stages.errors import SettingError
 from storage import CacheCorruptError, CacheReader, CacheReadError, CacheWriter, pull_cache, repair_cache, verify_cache
 from storage.errors import CacheWriteError
-from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, plan_cache
+from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, make_header, plan_cache
 
 HIDDEN = "shards/00001.zarr/hidden_states/c/0/0/0"
 
@@ -91,7 +92,7 @@ def test_a_staged_copy_heals(cache: Path, tmp_path: Path, name: str) -> None:
 def test_a_copy_that_is_damaged_while_it_is_open_heals(cache: Path, tmp_path: Path) -> None:
     with CacheReader(f"file://{cache}", staging=tmp_path / "s", io="pread") as reader:
         [first] = np.flatnonzero(reader.shards == 1)[:1]
-        reader._open_shard(1)
+        reader._opened.open(1)
         damage(reader.path / HIDDEN)
         assert reader[first].sample_id == reader.sample_ids[first]
         check_samples(reader, LENGTHS)
@@ -105,6 +106,7 @@ def test_a_store_that_is_damaged_itself_is_an_error(cache: Path, tmp_path: Path)
 
 TRAIN = """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 import numpy as np
 from storage import CacheReader
@@ -222,3 +224,44 @@ def test_a_web_server_that_lists_nothing(cache: Path, tmp_path: Path) -> None:
         check_samples(CacheReader(url, staging=tmp_path / "s"), LENGTHS)
         assert pull_cache(url, tmp_path / "pulled").num_copied == 5
         server.shutdown()
+
+
+@pytest.mark.parametrize("name", [HIDDEN, "commits/00001.json"])
+def test_the_remedy_that_is_told_mends_a_pulled_copy_and_an_extracted_cache(
+    cache: Path, tmp_path: Path, name: str
+) -> None:
+    remedy = r"run `dspark verify --repair` on the cache, then .* made the cache here \(extract, import or pull\) again"
+    copy = tmp_path / "copy"
+    pull_cache(f"file://{cache}", copy)
+    before = files_of(cache)
+    makers: dict[Path, Callable[[], object]] = {
+        copy: lambda: pull_cache(f"file://{cache}", copy), cache: lambda: fill_cache(cache),
+    }  # fmt: skip
+    for damaged, make_again in makers.items():
+        damage(damaged / name)
+        with pytest.raises(CacheCorruptError, match=remedy):
+            list(CacheReader(damaged))
+        assert repair_cache(damaged, verify_cache(damaged)).dropped_shards == (1,)
+        make_again()
+        assert files_of(damaged) == before
+
+
+def test_a_damaged_index_of_inner_chunks_is_told_before_its_remedy(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "c", header=make_header(encoding="bf16-lossless"))
+    payload = cache / HIDDEN
+    payload.write_bytes(payload.read_bytes()[:-1] + bytes([payload.read_bytes()[-1] ^ 1]))
+    with pytest.raises(CacheCorruptError, match=rf"{HIDDEN}: the index of inner chunks is damaged; run `dspark verify"):
+        list(CacheReader(cache))
+
+
+@pytest.mark.parametrize("name", ["samples/00001.parquet", "index.parquet", "target/config.json"])
+def test_of_a_damaged_plan_a_copy_is_asked_for(cache: Path, name: str) -> None:
+    damage(cache / name)
+
+    def read() -> None:
+        reader = CacheReader(cache)
+        reader.check_target()
+        list(reader)
+
+    with pytest.raises(CacheCorruptError, match=rf"{name}: .*put it back from a copy of the cache, or make the cache"):
+        read()

@@ -6,6 +6,7 @@ that every row would meet, which ends the run.
 """
 
 import asyncio
+import base64
 import os
 import random
 import re
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 from urllib.request import getproxies
 
 import openai
@@ -27,7 +28,7 @@ from stages.regenerate.render import NO_ROOM, PromptRenderer, RenderError, plan_
 from stages.regenerate.settings import RegenerateSection
 from stages.regenerate.work import Work
 from stages.regeneration_record import RegenerationError
-from storage.text import without_login
+from storage.text import HIDDEN, redact, without_login
 
 GRACE_SECONDS = 10.0  # how long a stopped run waits for answers that are on their way; batch systems give 30
 POLL_SECONDS = 0.2
@@ -36,6 +37,7 @@ MAX_BACKOFF_SECONDS = 8.0  # as the client's
 MIN_FAILURES_TO_STOP = 32
 FIRST = asyncio.FIRST_COMPLETED
 MAX_DETAIL_CHARS = 300
+MIN_SECRET_CHARS = 4  # a shorter part of an address would be hidden in the middle of words
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")  # the client's
 NO_KEY = "none"  # servers without a key ignore it, and the client wants one
 
@@ -180,12 +182,11 @@ class Endpoint:
         return AskError(f"client error: {detail}")
 
     def _scrub(self, text: str) -> str:
-        """A detail short enough to be kept, without the key."""
-        key = self.client.api_key
-        if key != NO_KEY:  # within a repr or JSON, backslashes stand before some of its characters
-            letters = [re.escape(letter) for letter in key if letter != "\\"]
-            text = re.sub(r"\\*".join(letters), "***", text)
-        return text[:MAX_DETAIL_CHARS].encode(errors="replace").decode()
+        """A detail short enough to be kept, without the key and the secrets of the address."""
+        for secret in _secrets(self.client):  # within a repr or JSON, backslashes stand before some of its characters
+            letters = [re.escape(letter) for letter in secret if letter != "\\"]
+            text = re.sub(r"\\*".join(letters), HIDDEN, text)
+        return redact(text)[:MAX_DETAIL_CHARS].encode(errors="replace").decode()
 
     @property
     def url(self) -> str:
@@ -257,10 +258,26 @@ def open_client(url: str, *, section: RegenerateSection) -> AsyncOpenAI:
         raise SettingError(f"--endpoint: expected an address such as http://host:8000/v1, got {without_login(url)!r}")
     _check_proxies(getproxies())
     key = parse_key(os.environ.get("OPENAI_API_KEY", ""))
+    parts = urlsplit(url)  # the client appends its paths to the address, which would put them into the query
     try:
-        return AsyncOpenAI(base_url=url, api_key=key, timeout=section.timeout_seconds, max_retries=section.max_retries)
+        return AsyncOpenAI(
+            base_url=urlunsplit((*parts[:3], "", "")), default_query=dict(parse_qsl(parts.query)), api_key=key,
+            timeout=section.timeout_seconds, max_retries=section.max_retries,
+        )  # fmt: skip
     except Exception as error:  # an address or a file of certificates; the errors have no common base
         raise SettingError(f"--endpoint {without_login(url)}: cannot be asked: {error}; see to the address") from error
+
+
+def _secrets(client: AsyncOpenAI) -> Iterator[str]:
+    """What an endpoint may repeat and nobody may keep: the key, the address' login as it is sent, its query."""
+    if client.api_key != NO_KEY:
+        yield client.api_key
+    address = client.base_url
+    if address.userinfo:
+        yield base64.b64encode(f"{address.username}:{address.password}".encode()).decode()
+    for value in (address.password, *map(str, client.default_query.values())):
+        if len(value) >= MIN_SECRET_CHARS:
+            yield value
 
 
 def _is_address(text: str, *, schemes: tuple[str, ...]) -> bool:
