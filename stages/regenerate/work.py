@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from stages.regenerate.dialogue import Outcome
 from stages.regenerate.journal import Journal
 from stages.regenerate.prompts import Prompt
+from storage.progress import Position, log_position
+from storage.text import format_duration
 
 PROGRESS_SECONDS = 10.0
 
@@ -52,12 +54,14 @@ class Work:
         seconds = now - self._started
         rate, num_tokens = (self._num_recorded + num_rows) / seconds, self._num_tokens + num_tokens
         done = self._journal.num_finished + self._num_failed
-        left = f"{max(self._num_total - done - num_rows, 0.0) / rate / 3600:>7.2f} h" if rate else "unknown"
-        logger.info(
-            "row %9s of %s  %8.2f rows/s  %9s tokens  %7s tokens/s  cut %6s  failed %6s  left %s",
-            f"{done:,}", f"{self._num_total:,}", rate, f"{num_tokens:,}", f"{num_tokens / seconds:,.0f}",
-            f"{self._num_unfinished + num_unfinished:,}", f"{self._num_failed:,}", left,
-        )  # fmt: skip
+        left = max(self._num_total - done - num_rows, 0.0) / rate if rate else None
+        log_position(
+            logger,
+            Position(name="regenerate", done=done, total=self._num_total, eta_seconds=left),
+            f"row {done:9,} of {self._num_total:,}  {rate:8.2f} rows/s  {num_tokens:9,} tokens  "
+            f"{num_tokens / seconds:7,.0f} tokens/s  cut {self._num_unfinished + num_unfinished:6,}  "
+            f"failed {self._num_failed:6,}  ETA {'unknown' if left is None else format_duration(left)}",
+        )
 
 
 Backend = Callable[[Iterable[Prompt], Work], None]
