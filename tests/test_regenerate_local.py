@@ -366,8 +366,8 @@ def test_a_line_of_progress_within_a_batch(
     tokens = [int(line.split(" tokens ")[0].split()[-1]) for line in lines]
     cut = [int(line.split("cut")[1].split()[0]) for line in lines]
     assert tokens[:7] == [4 * step for step in range(1, 8)], "four rows, a line each token"
-    assert "left unknown" in lines[0]
-    assert re.search(r"left +\d+\.\d\d h", lines[-1])
+    assert "ETA unknown" in lines[0]
+    assert re.search(r"ETA \d\d:\d\d:\d\d", lines[-1])
     assert tokens == sorted(tokens)
     assert cut == sorted(cut)
     assert cut[-1] == json.loads((tmp_path / "out" / "regeneration.json").read_text())["counts"]["num_unfinished"] > 0
