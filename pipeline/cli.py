@@ -3,18 +3,21 @@
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline import show
 from pipeline.config import Config, ConfigError, load_config, to_toml
-from pipeline.logs import configure_logs, console
+from pipeline.logs import clear_bar, configure_logs, console
 from stages.extract.rows import find_files
 from stages.extract.settings import CacheSection
 from stages.extract.share import ALONE, Share
@@ -50,7 +53,7 @@ def _with_config(command: Callable[..., None], *, default: Path = DEFAULT_CONFIG
         is_flag=True,
         expose_value=False,
         callback=lambda context, _parameter, value: context.meta.update({SHOWS_CONFIG: value}),
-        help="First print the resolved config, every default filled in.",
+        help="First print the resolved config with its defaults; keys without a value are left out.",
     )(command)
     return click.argument("config", type=_PathOrAddress(path_type=Path), default=default)(command)
 
@@ -67,16 +70,44 @@ class _Group(click.Group):
         from stages.errors import StageError
 
         try:
-            return super().invoke(ctx)
+            with _heeding_sigterm():
+                return super().invoke(ctx)
         except (ConfigError, CacheError, StageError) as error:
             raise click.ClickException(plain(str(error))) from error
         except OSError as error:  # no permission, a file where a folder should be, no such file
             raise click.ClickException(plain(str(error))) from error
         except MemoryError as error:
             raise click.ClickException("out of memory; see what else runs on this machine") from error
-        except KeyboardInterrupt:
-            click.echo("interrupted; the same command continues from the last shard or checkpoint", err=True)
+        except KeyboardInterrupt as error:
+            clear_bar()
+            is_terminated = isinstance(error, _TerminatedError)
+            word = "terminated" if is_terminated else "interrupted"
+            click.echo(f"{word}; the same command continues from the last shard or checkpoint", err=True)
+            if is_terminated:  # whoever sent it sees that it was obeyed
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.raise_signal(signal.SIGTERM)
             sys.exit(130)
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM has come."""
+
+
+@contextmanager
+def _heeding_sigterm() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does; those that finish a step first have handlers of their own."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise _TerminatedError
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

@@ -187,7 +187,7 @@ def _answer_all(
         for done, prompt in enumerate(prompts, start=place * len(prompts) + 1):
             decoded[temperature].append(decoder.answer(prompt, temperature=temperature))
             progress(done, total)
-        logger.info("decoded %d prompts at temperature %g", len(prompts), temperature)
+        logger.info("temperature %g: prompts decoded: %d", temperature, len(prompts))
     return decoded
 
 

@@ -3,14 +3,15 @@
 import logging
 import os
 import time
+from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from storage.progress import Position, position_of
-from storage.text import format_duration, plain
+from storage.text import plain
 
 LIBRARIES = (
     "transformers", "huggingface_hub", "fsspec", "httpx", "httpx2", "openai", "torch", "aiobotocore", "botocore",
@@ -110,10 +111,14 @@ class ConsoleHandler(logging.Handler):
         except Exception:
             self.handleError(record)
 
-    def close(self) -> None:
+    def clear(self) -> None:
         """Leave the terminal as it was."""
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.clear()
+
+    def close(self) -> None:
+        """Leave the terminal as it was, for good."""
+        self.clear()
         super().close()
 
 
@@ -121,40 +126,44 @@ def _print(console: Console, line: str) -> None:
     console.print(line, soft_wrap=True)
 
 
-class _Bar:
-    """One live line for the work that reported last: name, bar, count, time to go, and what it logs."""
+class _Bar(Progress):
+    """A live bar for the work that reported last, with the line that it logs underneath, whatever the width."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[eta]}"),
-            TextColumn("{task.fields[line]}", markup=False),
-            console=console,
-            transient=True,
-        )
+        self._line = ""
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn())
+        super().__init__(*columns, console=console, transient=True)
         self._task: TaskID | None = None
         self._name: str | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, and the line in as many rows as it takes."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self._line, overflow="fold")
 
     def show(self, position: Position, line: str) -> None:
         """Move the bar, or begin another where the work is another; a finished one leaves its last line."""
         if self._task is None or position.name != self._name:
-            self.stop()
-            self._task = self._progress.add_task(position.name, total=position.total, eta="", line="")
+            self.clear()
+            self._task = self.add_task(position.name, total=position.total)
             self._name = position.name
-            self._progress.start()
-        eta = "" if position.eta_seconds is None else f"ETA {format_duration(position.eta_seconds)}"
-        self._progress.update(
-            self._task, completed=position.done, total=position.total, eta=eta, line=" ".join(line.split())
-        )
+            self.start()
+        self._line = " ".join(line.split())
+        self.update(self._task, completed=position.done, total=position.total)
         if position.is_end:
-            self.stop()
-            _print(self._progress.console, line)
+            self.clear()
+            _print(self.console, line)
 
-    def stop(self) -> None:
+    def clear(self) -> None:
         """Take the bar off the terminal."""
         if self._task is not None:
-            self._progress.stop()
-            self._progress.remove_task(self._task)
+            self.stop()
+            self.remove_task(self._task)
             self._task = None
+
+
+def clear_bar() -> None:
+    """Take a live bar off the terminal, before something else writes to it."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, ConsoleHandler):
+            handler.clear()

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.decoding import Decoding
-from pipeline.show import format_rate
+from pipeline.show import count_of, format_rate
 from stages.evaluate.bootstrap import ENOUGH_GROUPS, Estimate
 from stages.evaluate.cached import CacheEvaluation
 from stages.evaluate.decode_report import CacheComparison, DecodingRun, Difference
@@ -23,7 +23,9 @@ def decoding(console: Console, result: Decoding, *, estimate: CacheEvaluation, f
     table = Table("", title=title, title_justify="left", title_style="bold")
     for run in result.runs:
         table.add_column("greedy" if run.temperature == 0 else f"temperature {run.temperature:g}")
-    columns = [_describe_run(run, device=f"{result.device}, {result.num_threads} threads") for run in result.runs]
+    columns = [
+        _describe_run(run, device=f"{result.device}, {count_of(result.num_threads, 'thread')}") for run in result.runs
+    ]
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
     console.print(table)

@@ -8,6 +8,8 @@ import logging
 import time
 from dataclasses import dataclass
 
+from storage.text import format_duration
+
 QUIET_SECONDS = 2.0  # work that is over by then says nothing
 
 
@@ -54,7 +56,8 @@ class Meter:
         left = None if self._total is None else seconds * (self._total - self._done) / self._done
         position = Position(name=self._name, done=self._done, total=self._total, eta_seconds=left)
         standing = f"{self._done:,}" if self._total is None else f"{self._done:,}/{self._total:,}"
-        line = f"{self._name} {standing} {self._unit}  {self._done / seconds:,.1f} a second"
+        ends = "" if left is None else f"  ETA {format_duration(left)}"
+        line = f"{self._name} {standing} {self._unit}  {self._done / seconds:,.1f} a second{ends}"
         log_position(self._logger, position, line)
 
 

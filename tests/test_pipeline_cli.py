@@ -5,6 +5,9 @@ import logging
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -284,3 +287,18 @@ def test_the_readme_cost_table_is_computed(name: str, hidden_size: int) -> None:
     token_bytes = bytes_per_token(num_layers=5, hidden_size=hidden_size, encoding="bf16")
     small, large = token_bytes * 100_000 * 1_000 / 1e12, token_bytes * 1.24e9 / 1e12
     assert f"| {name} | {token_bytes:,} | {small:.1f} TB | {large:.1f} TB |" in README
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(config_file: Path, tmp_path: Path) -> None:
+    """With a word, and by the signal itself, so that whoever sent it sees that it was obeyed."""
+    code = (
+        "import signal, sys; from stages.extract.capture import Capture; from pipeline.cli import main\n"
+        "Capture.launch = lambda *_: signal.raise_signal(signal.SIGTERM)\n"
+        "main(sys.argv[1:])"
+    )
+    overrides = ["--set", f"cache.path='{tmp_path / 'cache'}'"]
+    command = [sys.executable, "-c", code, "extract", str(config_file), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == -signal.SIGTERM
+    assert done.stderr.splitlines()[-1].startswith("terminated; the same command continues")
+    dspark("extract", config_file, *overrides)
