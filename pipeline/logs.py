@@ -2,6 +2,7 @@
 
 import logging
 import os
+import textwrap
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -139,7 +140,7 @@ class _Bar(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """The bar, and the line in as many rows as it takes."""
         yield self.make_tasks_table(self.tasks)
-        yield Text(self._line, overflow="fold")
+        yield Text("\n".join(textwrap.wrap(self._line, width=max(self.console.width - 1, 1))))
 
     def show(self, position: Position, line: str) -> None:
         """Move the bar, or begin another where the work is another; a finished one leaves its last line."""
