@@ -140,7 +140,8 @@ class _Bar(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """The bar, and the line in as many rows as it takes."""
         yield self.make_tasks_table(self.tasks)
-        yield Text("\n".join(textwrap.wrap(self._line, width=max(self.console.width - 1, 1))))
+        if self._line:
+            yield Text("\n".join(textwrap.wrap(self._line, width=max(self.console.width - 1, 1))))
 
     def show(self, position: Position, line: str) -> None:
         """Move the bar, or begin another where the work is another; a finished one leaves its last line."""

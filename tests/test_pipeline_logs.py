@@ -61,7 +61,7 @@ def test_messages_and_other_work_are_not_thinned_out(clock: list[float]) -> None
 
 
 def test_on_a_terminal_a_live_bar_that_leaves_the_last_line() -> None:
-    console = PlainConsole(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    console = PlainConsole(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
     handler = ConsoleHandler(console, has_bar=True)
     logger = make_logger(handler)
     log_position(logger, at(40), "step 40  loss [1.5]  and " + "more " * 30 + "the end")
