@@ -64,11 +64,11 @@ def test_on_a_terminal_a_live_bar_that_leaves_the_last_line() -> None:
     console = PlainConsole(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
     handler = ConsoleHandler(console, has_bar=True)
     logger = make_logger(handler)
-    log_position(logger, at(40), "step 40  loss [1.5]  and " + "more " * 30 + "the end")
+    log_position(logger, at(40), "step 40  loss [1.5]  and " + "more " * 30 + "THEEND")
     logger.info("a message beside the bar")
     handler._bar.refresh()  # type: ignore[union-attr]
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("train", "40/100", "loss [1.5]", "the end"):
+    for part in ("train", "40/100", "loss [1.5]", "THEEND"):
         assert part in shown
     assert "a message beside the bar" in shown
     log_position(logger, at(100), "step 100  the end")
