@@ -1,10 +1,12 @@
 """Which rows become samples, and of which split: files, columns, bounds, prompts without answers, unknown tokens."""
 
 import copy
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from click.testing import CliRunner
 
@@ -57,6 +59,20 @@ def test_files_are_held_out_whole_and_their_prompts_are_in_no_other(tmp_path: Pa
     assert (counts.split_samples["train"], counts.split_samples["validation"]) == (11, 5)
     lengths = [sample.num_tokens for sample in samples]
     assert (counts.split_tokens["validation"], counts.split_tokens["train"]) == (sum(lengths[:5]), sum(lengths[5:]))
+
+
+def test_held_out_rows_are_known_by_a_file_whose_address_holds_a_secret(tmp_path: Path) -> None:
+    address = f"memory:///{tmp_path.name}/held.jsonl?token=abc"
+    with fsspec.open(address, "wt") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in make_chats(3))
+    config = split_config(
+        tmp_path, make_chats(12), data__validation_fraction=0.0, data__validation_files=address, data__max_samples=5
+    )
+    samples, counts = plan(config)
+    secret = [(row, "validation") for row in range(3)]
+    assert [(sample.source_row, sample.split) for sample in samples] == [*secret, *((n, "train") for n in range(3, 8))]
+    assert counts.dropped == {"its prompt is in data.validation_files": 3}
+    assert not any("abc" in sample.source_file for sample in samples)
 
 
 def test_validation_files_take_the_place_of_the_default_share(tmp_path: Path) -> None:

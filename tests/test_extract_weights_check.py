@@ -86,11 +86,19 @@ def test_tensors_that_sound_models_carry_are_passed_over(tmp_path: Path) -> None
     assert run.extract(settings_of(change_target(tmp_path, harmless))).num_computed_shards
 
 
+def test_a_stack_that_the_config_cuts_is_refused(tmp_path: Path) -> None:
+    config = change_target(tmp_path, {}, {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3})
+    cache = config.cache.model_copy(update={"layers": (-1, 1, 2)})
+    with pytest.raises(TargetError, match=r"11 tensors have no place in Qwen3ForCausalLM, .*model\.layers\.3\."):
+        run.extract(settings_of(config.model_copy(update={"cache": cache})))
+
+
 @pytest.mark.parametrize(
     ("name", "is_unknown"),
     [
         ("model.layers.3.mlp.extra.weight", True),
-        ("model.layers.4.mlp.extra.weight", False),
+        ("model.layers.4.mlp.extra.weight", True),
+        ("model.layers.4.shared_head.norm.weight", False),
         ("h.0.attn.bias", False),
         ("h.0.attn.masked_bias", False),
         ("model.layers.0.self_attn.q_proj.bias", True),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from openai.types.chat import ChatCompletion
 from transformers import AutoTokenizer
 
 from pipeline import regeneration
@@ -19,6 +20,8 @@ from pipeline.stage_one import settings_of
 from stages.extract.rows import DataError
 from stages.extract.run import describe_inputs, extract, iterate_samples
 from stages.extract.samples import SampleCounts
+from stages.regenerate.completion import parse_completion
+from stages.regenerate.render import PromptRenderer
 from stages.regenerate.sampled_rows import AnsweredTurn, plan_rows, render_row
 from stages.regenerate.settings import RegenerateSection
 from stages.regeneration_record import RegenerationError
@@ -153,6 +156,70 @@ def test_ids_that_cannot_be_the_answer_are_not_taken(tmp_path: Path, fault: dict
     assert counts.num_text == counts.num_answered > 0
     assert not any("input_ids" in row for row in read_rows(tmp_path / "out"))
     assert any(new[-1] == END for _, new, _ in sampled.turns)
+
+
+@pytest.mark.parametrize(
+    ("said", "content", "reasoning", "is_exact"),
+    [
+        ("Hello there<|im_end|>", "Hello there", None, True),
+        (" Hello there\n<|im_end|>", "Hello there", None, True),
+        ("<think>\n\n</think>\n\nHello<|im_end|>", "Hello", None, True),
+        ("<think>\nSo.\n</think>\n\nHello<|im_end|>", "Hello", "So.", True),
+        ("So.</think>Hello<|im_end|>", "Hello", "So.", True),
+        ("<|channel|>analysis<|message|>So.<|end|><|start|>assistant<|channel|>final<|message|>Hello<|im_end|>",
+         "Hello", "So.", True),
+        ("Something else. Hello and more<|im_end|>", "Hello", None, False),
+        ("The prompt Hello<|im_end|>", "Hello", None, False),
+        ("HelloHello<|im_end|>", "Hello", None, False),
+        ("Hello<|im_end|> there<|im_end|>", "Hello there", None, False),
+        ("Hello<|im_end|><|im_end|>", "Hello", None, False),
+        ("Hello", "Hello", None, False),
+        ("Hello</think>So.<|im_end|>", "Hello", "So.", False),
+        ("a<|im_end|>", "a", "a", False),
+        ("So. But no.</think>Hello<|im_end|>", "Hello", "So.", False),
+        ("analysis Hello<|im_end|>", "Hello", None, False),
+    ],
+)  # fmt: skip
+def test_ids_are_taken_that_say_the_answer_and_nothing_else(
+    said: str, content: str, reasoning: str | None, *, is_exact: bool
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TARGET_DIR)
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    assert ids.count(END) == said.count("<|im_end|>")
+    message = {"role": "assistant", "content": content, "reasoning_content": reasoning}
+    choice = {"index": 0, "message": message, "finish_reason": "stop", "token_ids": ids}
+    completion = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    answer = parse_completion(
+        ChatCompletion.model_validate(completion | {"prompt_token_ids": [5]}),
+        renderer=PromptRenderer(tokenizer, variables={}),
+        end_ids=frozenset({END}),
+    )
+    assert answer.is_exact == is_exact
+    assert answer.ids == (ids if is_exact else None)
+
+
+QUIET = "{% if add_generation_prompt and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+
+
+def test_an_answer_to_a_prompt_with_variables_is_cached_behind_that_prompt(tmp_path: Path) -> None:
+    template = (TARGET_DIR / "chat_template.jinja").read_text() + QUIET
+    (tmp_path / "quiet.jinja").write_text(template)
+    off = {"enable_thinking": False}
+    config = ask_for(tmp_path, extra_body={"return_token_ids": False}, chat_template_kwargs=off)
+    data = config.data.model_copy(update={"chat_template": tmp_path / "quiet.jinja"})
+    with token_server(template=template) as (url, sampled):
+        regeneration.regenerate(config.model_copy(update={"data": data}), endpoint=url, is_local=False)
+    rows = read_rows(tmp_path / "out")
+    turns = [turn for row in rows for turn in supervised_turns(row["input_ids"], row["loss_mask"])]
+    tokenizer = AutoTokenizer.from_pretrained(TARGET_DIR)
+    told = {tuple(prompt): (tokenizer.decode(new), finish) for prompt, new, finish in sampled.turns}
+    assert len(turns) == len(told) == 16
+    for prompt, new in turns:
+        text, finish = told[prompt]
+        assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
+        assert tokenizer.decode(new) == (
+            text.strip() if finish == "length" else text[: -len("<|im_end|>")].strip() + "<|im_end|>"
+        )
 
 
 def test_a_server_that_takes_max_completion_tokens_alone_is_served(tmp_path: Path) -> None:

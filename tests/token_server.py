@@ -19,7 +19,7 @@ class Sampled:
     """What the server did: each answer's prompt ids and ids, and how it ended; and the bodies that arrived.
 
     `refuses`: fields that it does not take. `shift` is added to every id that it tells, as another tokenizer's would
-    differ; `loses_end`: it leaves the end-of-turn token out of them.
+    differ; `loses_end`: it leaves the end-of-turn token out of them. `template`: its own, if any.
     """
 
     turns: list[tuple[list[int], list[int], str]] = field(default_factory=list)
@@ -27,6 +27,7 @@ class Sampled:
     refuses: tuple[str, ...] = ()
     shift: int = 0
     loses_end: bool = False
+    template: str | None = None
 
 
 class TokenHandler(BaseHTTPRequestHandler):
@@ -50,7 +51,10 @@ class TokenHandler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        prompt = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)["input_ids"]
+        prompt = self.tokenizer.apply_chat_template(
+            body["messages"], add_generation_prompt=True, chat_template=self.sampled.template,
+            **body.get("chat_template_kwargs", {}),
+        )["input_ids"]  # fmt: skip
         limit = body.get("max_tokens") or body["max_completion_tokens"]
         end, new = self.tokenizer.eos_token_id, []
         torch.manual_seed(body["seed"])

@@ -176,7 +176,7 @@ def plan_samples(rows: Iterable[Row], *, planner: RowPlanner, counts: SampleCoun
             sample = outcome.sample
             if sample is None:
                 continue
-            is_from_validation_file = sample.source_file in data.validation_files
+            is_from_validation_file = outcome.row.file in data.validation_files
             if is_from_validation_file:
                 held_out.add(outcome.prompt)
             elif outcome.prompt in held_out:

@@ -35,6 +35,7 @@ _OTHER_SENSES = re.compile(
     r"|embed_(vision|audio|image)\w*|patch_\w+|qformer|resampler|perceiver\w*|talker|token2wav|code2wav|siglip\w*)(\.|$)"
 )
 _LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.(\d+)\.")
+_OF_PREDICTION = re.compile(r"(eh_proj|enorm|hnorm|shared_head|nextn\w*|mtp\w*)(\.|$)")  # of several tokens
 
 logger = logging.getLogger(__name__)
 
@@ -121,14 +122,21 @@ def check_loaded(report: dict[str, Any], *, model: Any, folder: Path) -> None:
 def find_unknown(unused: Iterable[str], *, model: Any) -> Iterable[str]:
     """Those of the unused tensors that no sound model is known to carry.
 
-    Known are: layers behind the last one (they predict further tokens), buffers that are computed today, the head of a
+    Known are: layers after the last one that predict further tokens, which their own projections tell from layers that
+    config.json leaves out of the stack; buffers that are computed today, the head of a
     model whose head is its embedding, and towers of other senses where the text stack alone was loaded.
     """
     text = open_text_config(model.config)
     num_layers, is_tied = read_field(text, "num_hidden_layers"), read_field(text, "tie_word_embeddings")
+    unused = list(unused)
+    layers = {name: layer for name in unused if (layer := _LAYER.search(name)) is not None}
+    beyond = {
+        name[: layer.end()]
+        for name, layer in layers.items()
+        if num_layers is not None and int(layer[3]) >= num_layers and _OF_PREDICTION.match(name, layer.end())
+    }
     for name in unused:
-        layer = _LAYER.search(name)
-        is_beyond = layer is not None and num_layers is not None and int(layer[3]) >= num_layers
+        is_beyond = name in layers and name[: layers[name].end()] in beyond
         is_head = bool(is_tied) and name.endswith(("lm_head.weight", "embed_out.weight", "output.weight"))
         if not (is_beyond or is_head or _OTHER_SENSES.search(name) or any(kind.search(name) for kind in _HARMLESS)):
             yield name

@@ -1,5 +1,6 @@
 """A chat completion to an answer: what of it can be believed, how it ended, and which token ids it was sampled as."""
 
+import re
 from typing import Any, TypeGuard
 
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
@@ -12,6 +13,13 @@ from stages.regenerate.render import PromptRenderer
 ENDED = {"stop", "eos", "eos_token", "end_turn", "tool_calls", "function_call"}
 CUT = {"length", "max_tokens", "model_length", "stop_sequence"}
 FILTERED = {"content_filter", "safety"}
+# What stands around thinking and an answer where a server has told them apart.
+MAX_MARKUP = 200
+_MARKUP = re.compile(
+    r"(?:</?[\w:|]*(?:think|thought|reason|answer|response)[\w|]*>|\[/?THINK\]|\u25c1/?think\u25b7|<\|(?:START|END)_\w+\|>"
+    r"|<\|channel\|?>(?:analysis|commentary|final|thought)?|<\|(?:message|end)\|>|<\|start\|>assistant|<channel\|>)*",
+    re.IGNORECASE,
+)
 MAX_COUNT = 2**31 - 1  # tokens of one answer; a number beyond it is noise, and too large a one has no rate
 
 
@@ -39,9 +47,11 @@ def parse_completion(completion: Any, *, renderer: PromptRenderer, end_ids: froz
     if not isinstance(content, str) or not isinstance(reasoning, str | None):
         raise MalformedError("malformed answer: content that is no text")
     has_ended = _has_ended(choice)
-    ids, prompt_ids = _read_ids(completion, choice, texts=(content, reasoning or ""), renderer=renderer)
-    if has_ended and ids is not None and ids[-1] not in end_ids | {_stop_reason(choice)}:
-        ids = prompt_ids = None  # the token that ended it is missing
+    ids, prompt_ids = _read_ids(completion, choice)
+    ends = {*end_ids, _stop_reason(choice)}
+    texts = [reasoning or "", content]
+    if ids is not None and not _are_answer(ids, texts, has_ended=has_ended, end_ids=ends, renderer=renderer):
+        ids = prompt_ids = None
     return Answer(
         content=content,
         reasoning=reasoning,
@@ -73,21 +83,33 @@ def _has_ended(choice: Any) -> bool:
     return finish in ENDED and not isinstance(_stop_reason(choice), str)
 
 
-def _read_ids(
-    completion: Any, choice: Any, *, texts: tuple[str, ...], renderer: PromptRenderer
-) -> tuple[list[int] | None, list[int] | None]:
-    """(the answer's ids, its prompt's), if the server gives both and this target's tokenizer spells the answer by them.
-
-    The names are vLLM's (`return_token_ids`).
-    """
+def _read_ids(completion: Any, choice: Any) -> tuple[list[int] | None, list[int] | None]:
+    """(the answer's ids, its prompt's), if the server gives both. The names are vLLM's (`return_token_ids`)."""
     ids = getattr(choice, "token_ids", None)
     prompt_ids = getattr(completion, "prompt_token_ids", None) or getattr(choice, "prompt_token_ids", None)
-    if not (_are_ids(ids) and _are_ids(prompt_ids)):
-        return None, None
-    spelled = [_squeeze(text) for text in renderer.spell(ids)]
-    if not all(any(_squeeze(text) in said for said in spelled) for text in texts):
-        return None, None
-    return ids, prompt_ids
+    return (ids, prompt_ids) if _are_ids(ids) and _are_ids(prompt_ids) else (None, None)
+
+
+def _are_answer(
+    ids: list[int], texts: list[str], *, has_ended: bool, end_ids: set[Any], renderer: PromptRenderer
+) -> bool:
+    """Whether ids are this answer, thinking and text, and nothing else: one of `end_ids`, last, if it has ended."""
+    said = ids[:-1] if has_ended else ids
+    if (has_ended and ids[-1] not in end_ids) or not end_ids.isdisjoint(said):
+        return False
+    parts = [part for text in texts if (part := _squeeze(text))]
+    return any(_is_made_of(_squeeze(spelled), parts) for spelled in renderer.spell(said))
+
+
+def _is_made_of(said: str, parts: list[str]) -> bool:
+    """Whether a text is these parts in their order, with nothing but markup around them."""
+    if not parts:
+        return len(said) <= MAX_MARKUP and _MARKUP.fullmatch(said) is not None
+    start, limit = -1, MAX_MARKUP + len(parts[0])
+    while (start := said.find(parts[0], start + 1, limit)) >= 0:
+        if _MARKUP.fullmatch(said, 0, start) and _is_made_of(said[start + len(parts[0]) :], parts[1:]):
+            return True
+    return False
 
 
 def _are_ids(ids: Any) -> TypeGuard[list[int]]:

@@ -126,18 +126,36 @@ class Endpoint:
         return dialogue.outcome()
 
     def _settle(self, answer: Answer, dialogue: Dialogue, *, rendered: list[int]) -> Answer:
-        """The answer as it can be cached where its ids are not known: a text that the template shows whole, and one
-        that was cut as ids of its own, since rendering would give it an end that nobody sampled.
+        """The answer as it can be cached where its ids are not known: a text that the template shows whole; as ids of
+        its own one that was cut, since rendering would give it an end that nobody sampled, and one whose prompt
+        extraction would render otherwise.
 
         Raises RegenerationError for thinking that the cache would lack."""
         if answer.is_exact or answer.calls_tool or answer.fault:
             return answer
         if answer.is_complete:
+            if answer.content.strip() and self.renderer.knows_more(dialogue.messages, tools=dialogue.tools):
+                return replace(answer, ids=self._spell_out(answer, dialogue), prompt_ids=rendered)
             self._check_thinking(answer, dialogue)
             return answer
         if answer.reasoning and self.section.truncated == "keep":
             return replace(answer, fault="a cut answer whose thinking came apart from it, without token ids")
         return replace(answer, ids=self.renderer.encode(answer.content), prompt_ids=rendered)
+
+    def _spell_out(self, answer: Answer, dialogue: Dialogue) -> list[int]:
+        """Ids of a text with the end that the template gives it. Raises RegenerationError where none can be told."""
+        said = [*dialogue.messages, {"role": "assistant", "content": answer.content}]
+        shown = answer.content.rpartition(THINKING_END)[2]
+        end = self.renderer.find_end(said, shown, tools=dialogue.tools, end_ids=self.end_ids)
+        if answer.reasoning or end is None:
+            what = "thinking apart from the answer" if answer.reasoning else "an answer whose end cannot be told"
+            raise RegenerationError(
+                f"{self.url}: sends {what}, without token ids, and extraction renders without "
+                "regenerate.chat_template_kwargs, so the cache would hold another prompt; take a server that gives "
+                "token ids (vLLM), start this one without a reasoning parser, or write the variables into a template, "
+                "which you name to the server and in data.chat_template"
+            )
+        return [*self.renderer.encode(answer.content), end]
 
     def _check_thinking(self, answer: Answer, dialogue: Dialogue) -> None:
         """An answer that the cache would hold without the thinking before it is none that the target gives."""

@@ -27,6 +27,7 @@ class PromptRenderer:
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
         self._variables = variables
+        self._plain = PromptRenderer(tokenizer, variables={}) if variables else None
         self._num_too_large = 0
 
     def __call__(self, messages: list[Message], *, tools: list[Any] | None) -> list[int]:
@@ -36,6 +37,21 @@ class PromptRenderer:
     def shows(self, messages: list[Message], text: str, *, tools: list[Any] | None) -> bool:
         """Whether the template renders a text that some message of the conversation carries. Raises RenderError."""
         return text.strip() in self._render(messages, tools=tools)
+
+    def knows_more(self, messages: list[Message], *, tools: list[Any] | None) -> bool:
+        """Whether the variables change the prompt: extraction, which has none, shows another. Raises RenderError."""
+        if self._plain is None:
+            return False
+        return self._plain._render(messages, tools=tools, ask=True) != self._render(messages, tools=tools, ask=True)
+
+    def find_end(
+        self, messages: list[Message], text: str, *, tools: list[Any] | None, end_ids: frozenset[int]
+    ) -> int | None:
+        """The token that ends the last message where the template shows its `text`; None if there is none.
+
+        Raises RenderError."""
+        _, found, rest = self._render(messages, tools=tools).rpartition(text.strip())
+        return next((token for token in self.encode(rest) if found and token in end_ids), None)
 
     def _render(self, messages: list[Message], *, tools: list[Any] | None, ask: bool = False) -> str:
         """With the thinking of earlier turns under the template's name for it; one without a name shows none."""
