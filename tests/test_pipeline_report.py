@@ -232,6 +232,7 @@ def test_an_evaluation_whose_parts_do_not_fit_is_listed_with_the_reason(
 ) -> None:
     folder, other = make_run(tmp_path / "run", evaluate()), make_run(tmp_path / "other", evaluate())
     fields = json.loads((folder / "evaluation.json").read_text())
+    del fields["crc32c"]  # as earlier versions wrote it
     *parents, last = path.split(".")
     part: Any = fields
     for name in parents:
