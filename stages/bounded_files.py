@@ -12,7 +12,7 @@ MAX_LINE_BYTES = 32 << 20
 
 
 def read_bounded(file: Path, *, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
-    """All bytes of a plain file. Raises OSError, also for one that is no plain file (a pipe would block) or too large."""
+    """All bytes of a plain file. Raises OSError, also for one that is no plain file (pipes block) or too large."""
     with open_plain(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         data = stream.read(max_bytes + 1) if size <= max_bytes else b""

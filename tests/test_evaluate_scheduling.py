@@ -533,7 +533,7 @@ def test_a_changed_byte_of_a_written_file_is_noticed(tmp_path: Path) -> None:
                 continue
             file.write_bytes(given[:place] + (b"7" if given[place : place + 1] != b"7" else b"3") + given[place + 1 :])
             if json.loads(file.read_bytes()) != json.loads(given):  # else a digit beyond what a float holds
-                with pytest.raises(EvaluationError, match="crc32c|Extra|format_version"):
+                with pytest.raises(EvaluationError, match=r"crc32c|Extra|format_version"):
                     read()
         file.write_bytes(given)
         read()

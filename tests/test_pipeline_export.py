@@ -250,7 +250,7 @@ def test_numbers_of_earlier_versions_must_be_plausible(run: Path, tmp_path: Path
     file.write_text(json.dumps(fields | changes))
     assert dspark("export", run / "draft", tmp_path / "out").exit_code == 0
     assert "| tau |" not in card_of(tmp_path / "out")[1]
-    with pytest.raises(EvaluationError, match="expected rates|interval"):
+    with pytest.raises(EvaluationError, match=r"expected rates|interval"):
         read_evaluation(file)
 
 
