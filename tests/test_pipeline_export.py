@@ -254,6 +254,25 @@ def test_numbers_of_earlier_versions_must_be_plausible(run: Path, tmp_path: Path
         read_evaluation(file)
 
 
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("evaluation.json", 0),
+        ("draft/calibration.json", 0),
+        ("config.toml", 0),
+        ("checkpoints/step_00000003/trainer_state.json", 0),
+        ("draft/config.json", 1),
+    ],
+)
+def test_a_file_that_claims_to_be_huge_is_not_read(run: Path, tmp_path: Path, name: str, status: int) -> None:
+    with (run / name).open("ab") as stream:
+        stream.truncate(40 << 30)
+    result = dspark("export", run / "draft", tmp_path / "out")
+    assert result.exit_code == status, result.output
+    assert "has 42,949,672,960 bytes, expected " in " ".join(result.output.split())
+    assert (tmp_path / "out").exists() == (status == 0)
+
+
 def test_a_draft_away_from_its_run(run: Path, tmp_path: Path) -> None:
     alone = Path(shutil.copytree(run / "draft", tmp_path / "alone"))
     assert dspark("export", alone, tmp_path / "out").exit_code == 0

@@ -13,6 +13,8 @@ from stages.whole_files import write_whole
 from storage.files import crc32c_hex
 from storage.sealed import Record, canonical_json, describe
 
+MAX_BYTES = 1 << 28  # an evaluation lists its samples: some three million
+
 R = TypeVar("R", bound=Record)
 Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -56,7 +58,7 @@ def read_fields(file: Path) -> dict[str, Any]:
     Files of earlier versions have none. Raises EvaluationError.
     """
     try:
-        data = read_bounded(file)
+        data = read_bounded(file, max_bytes=MAX_BYTES)
     except FileNotFoundError as error:
         raise EvaluationError(f"{file}: no such file; dspark evaluate writes it") from error
     except OSError as error:
