@@ -88,7 +88,7 @@ def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch: py
     tracemalloc.start()
     with Journal(file) as journal:
         assert journal.num_known == 2
-    assert tracemalloc.get_traced_memory()[1] < 1 << 28
+    assert tracemalloc.get_traced_memory()[1] < 1 << 29, "the file has twice as many"
     tracemalloc.stop()
     assert file.read_bytes() == whole
     monkeypatch.setattr(journal_module, "MAX_LINE_BYTES", 2000)
