@@ -10,6 +10,7 @@ from pipeline.model_card import ExportedDraft, is_hub_id, render_card
 from pipeline.run_facts import RunFacts, read_run_facts
 from stages.errors import SettingError
 from stages.evaluate.calibration import CALIBRATION_FILE
+from stages.evaluate.records import render_record
 from stages.train.draft_folder import read_draft
 from stages.train.export import (
     CARD_FILE,
@@ -81,7 +82,7 @@ def export_draft(
         calibration = None
     texts = {CARD_FILE: render_card(exported, replace(facts, calibration=calibration))}
     if calibration is not None:
-        texts[CALIBRATION_FILE] = calibration.model_dump_json(indent=2) + "\n"
+        texts[CALIBRATION_FILE] = render_record(calibration).decode("ascii")
     write_export(out, fields=fields, weights=weights, texts=texts)
 
 

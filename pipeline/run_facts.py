@@ -9,15 +9,17 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from pipeline.config import Config, ConfigError, load_config
+from stages.bounded_files import read_bounded, read_text_bounded
+from stages.evaluate.cached import ROUNDING, check_taus
 from stages.evaluate.calibration import CALIBRATION_FILE, Calibration, read_calibration
-from stages.evaluate.records import EvaluationError
+from stages.evaluate.records import EvaluationError, read_fields
 from stages.extract.run import read_plan
-from stages.train.checkpoint import STATE_FILE, StateRecord
+from stages.train.checkpoint import STATE_FILE, CheckpointError, TrainerState, read_state
 from stages.train.draft_folder import digest_draft
 from storage import CacheError
 from storage.layout import TARGET
@@ -41,6 +43,14 @@ class HeldOut(BaseModel):
     weights_digest: str | None = None
     num_samples: int
     num_blocks: int
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_taus(self)
+        rates = (*self.accept_rate_per_pos, *(self.greedy_accept_rate_per_pos or ()))
+        if not all(-ROUNDING <= rate <= 1 + ROUNDING for rate in rates):
+            raise ValueError("expected acceptance rates from 0 to 1")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,22 +108,23 @@ def _is_final(draft: Path, run: Path) -> bool:
 
 def _read_config(run: Path) -> Config | None:
     file = run / "config.toml"
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
     try:
+        read_bounded(file)
         return load_config(file)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         logger.warning("the model card says nothing of the run's config: %s", error)
         return None
 
 
-def _read_state(folder: Path | None) -> StateRecord | None:
-    if folder is None or not (folder / STATE_FILE).is_file():
+def _read_state(folder: Path | None) -> TrainerState | None:
+    if folder is None or not os.path.lexists(folder / STATE_FILE):
         return None
     try:
-        return StateRecord.model_validate_json((folder / STATE_FILE).read_bytes())
-    except (OSError, ValidationError) as error:
-        logger.warning("the model card says nothing of the run's steps: %s/%s: %s", folder, STATE_FILE, error)
+        return read_state(folder)
+    except CheckpointError as error:
+        logger.warning("the model card says nothing of the run's steps: %s", error)
         return None
 
 
@@ -143,17 +154,17 @@ def _read_architectures(cache: Path) -> tuple[str, ...]:
 
 def _read_held_out(folder: Path, *, draft: Path) -> HeldOut | None:
     """The numbers in the folder, if they are of the weights in `draft`, as far as they say of which they are."""
-    fields = _read_json(folder / "evaluation.json")
-    if fields is None:
+    file = folder / "evaluation.json"
+    if not os.path.lexists(file):
         return None
     try:
-        found = HeldOut.model_validate(fields)
+        found = HeldOut.model_validate(read_fields(file))
         if found.weights_digest is None or found.weights_digest == digest_draft(draft):
             return found
         reason: Exception | str = f"it was measured on other weights than those in {draft}; run dspark evaluate again"
-    except (ValidationError, OSError) as error:
+    except (EvaluationError, ValidationError, OSError) as error:
         reason = error
-    logger.warning("the model card says nothing of %s/evaluation.json: %s", folder, reason)
+    logger.warning("the model card says nothing of %s: %s", file, reason)
     return None
 
 
@@ -175,7 +186,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(read_text_bounded(file))
     except (OSError, ValueError, RecursionError) as error:
         logger.warning("the model card says nothing of %s: %s", file, error)
         return None

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import fsspec
 from pydantic import Field, ValidationError
 
+from stages.bounded_files import MAX_RECORD_BYTES
 from stages.errors import StageError
 from storage.sealed import Record, canonical_json
 
@@ -153,10 +154,15 @@ def find_manifests(files: Iterable[str]) -> dict[str, RegenerationManifest]:
 
 def _read_beside(system: Any, path: str) -> RegenerationManifest | None:
     try:
-        data = system.cat_file(path)
+        size = system.size(path)
+        data = b"" if size is not None and size > MAX_RECORD_BYTES else system.cat_file(path)
     except FileNotFoundError:
         return None
     except Exception as error:  # each store has families of its own, and some call "denied" what is not there
         logger.warning("%s cannot be read, so it is not known whether the target wrote these answers: %s", path, error)
         return None
+    if size is not None and size > MAX_RECORD_BYTES:
+        raise RegenerationError(
+            f"{path}: has {size:,} bytes, expected {MAX_RECORD_BYTES:,} at most; put the file back, or move it away"
+        )
     return parse_manifest(data, where=path)

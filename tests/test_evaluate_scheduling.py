@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -511,6 +512,32 @@ def test_an_evaluation_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     write_calibration(tmp_path, calibration)
     assert read_calibration(tmp_path) == calibration
     assert sorted(path.name for path in tmp_path.iterdir()) == [CALIBRATION_FILE, "evaluation.json"], "nothing is left"
+
+
+def test_a_changed_byte_of_a_written_file_is_noticed(tmp_path: Path) -> None:
+    """The checksum is that of the compact JSON of the other fields, as anybody would take it."""
+    evaluation = evaluate()
+    assert evaluation.scheduling is not None
+    write_evaluation(tmp_path / "evaluation.json", evaluation)
+    write_calibration(tmp_path, evaluation.scheduling.calibration)
+    for name, read in (("evaluation.json", lambda: read_evaluation(tmp_path / "evaluation.json")),
+                       (CALIBRATION_FILE, lambda: read_calibration(tmp_path))):  # fmt: skip
+        file = tmp_path / name
+        given = file.read_bytes()
+        fields = json.loads(given)
+        claimed = fields.pop("crc32c")
+        compact = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        assert claimed == f"{google_crc32c.value(compact):08x}"
+        for place in range(0, len(given), 97):
+            if not chr(given[place]).isdigit():
+                continue
+            file.write_bytes(given[:place] + (b"7" if given[place : place + 1] != b"7" else b"3") + given[place + 1 :])
+            if json.loads(file.read_bytes()) != json.loads(given):  # else a digit beyond what a float holds
+                with pytest.raises(EvaluationError, match=r"crc32c|Extra|format_version"):
+                    read()
+        file.write_bytes(given)
+        read()
+        assert {"dataset", "num_samples", "ece_before", "ece_after"}.isdisjoint(fields) or name != CALIBRATION_FILE
 
 
 def test_without_a_confidence_head_or_a_second_sample_nothing_is_calibrated(

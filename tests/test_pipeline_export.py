@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -18,6 +19,8 @@ from pipeline.model_card import ExportedDraft, is_hub_id, render_card
 from pipeline.run_facts import RunFacts
 from pipeline.serving_commands import ServedDraft, describe_serving
 from served_draft import load_served
+from stages.evaluate.evaluation import read_evaluation
+from stages.evaluate.records import EvaluationError
 from stages.train.export import Form, ServedTarget
 from tiny_target import make_config
 
@@ -105,7 +108,8 @@ def test_the_calibration_travels_with_the_weights_it_is_of(run: Path, tmp_path: 
     assert given["kept_slots"] == kept, "few conversations"
     note = f"Temperature 1 at slots {', '.join(map(str, kept))}: too few conversations"
     assert (note in card_of(tmp_path / "draft")[1]) == bool(kept)
-    file.write_text(json.dumps(given | {"temperatures": given["temperatures"][:1]}))
+    unsealed = {name: value for name, value in given.items() if name != "crc32c"}  # as earlier versions wrote it
+    file.write_text(json.dumps(unsealed | {"temperatures": given["temperatures"][:1]}))
     result = dspark("export", run / "draft", tmp_path / "short")
     assert result.exit_code == 0
     assert "it has 1 temperatures for 4 slots" in result.output
@@ -191,6 +195,7 @@ def test_an_evaluation_of_other_weights_is_not_shown(run: Path, tmp_path: Path) 
 def test_an_evaluation_may_say_more_and_must_not_be_broken(run: Path, tmp_path: Path) -> None:
     file = run / "evaluation.json"
     numbers = json.loads(file.read_text()) | {"format_version": 2, "per_slot": [{"ece": None}]}
+    del numbers["crc32c"]  # as earlier versions wrote it
     file.write_text(json.dumps(numbers))
     assert dspark("export", run / "draft", tmp_path / "more").exit_code == 0
     assert "| tau |" in card_of(tmp_path / "more")[1]
@@ -200,6 +205,72 @@ def test_an_evaluation_may_say_more_and_must_not_be_broken(run: Path, tmp_path: 
         assert result.exit_code == 0
         assert "| tau |" not in card_of(tmp_path / name)[1]
         assert "says nothing of" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "said"),
+    [
+        ("evaluation.json", "tau", 9.0, "| tau |"),
+        ("evaluation.json", "num_blocks", 10**6, "| tau |"),
+        ("evaluation.json", "weights_digest", None, "| tau |"),
+        ("draft/calibration.json", "temperatures", [5.0] * 4, "`calibration.json`"),
+        ("draft/calibration.json", "num_fitted_samples", 10**6, "`calibration.json`"),
+        ("checkpoints/step_00000003/trainer_state.json", "step", 9, "| optimizer steps |"),
+        (
+            "checkpoints/step_00000003/trainer_state.json",
+            "made_from",
+            {"cache.identity": "0" * 64},
+            "| cache identity |",
+        ),
+    ],
+)
+def test_numbers_that_are_not_the_ones_that_were_written_are_not_published(
+    run: Path, tmp_path: Path, name: str, path: str, value: object, said: str
+) -> None:
+    assert dspark("export", run / "draft", tmp_path / "sound").exit_code == 0
+    assert said in card_of(tmp_path / "sound")[1]
+    fields = json.loads((run / name).read_text())
+    (run / name).write_text(json.dumps(fields | {path: value}))
+    result = dspark("export", run / "draft", tmp_path / "out")
+    assert result.exit_code == 0
+    assert (str(run / name) if "step" not in name else "trainer_state.json") in "".join(result.output.split("\n"))
+    assert "crc32c" in result.output
+    assert said not in card_of(tmp_path / "out")[1]
+    assert (tmp_path / "out" / "calibration.json").exists() == (name != "draft/calibration.json")
+
+
+@pytest.mark.parametrize("changes", [{"tau": 9.0}, {"tau_low": 4.5}, {"accept_rate_per_pos": [1.5, 0.5, 0.5, 0.5]}])
+def test_numbers_of_earlier_versions_must_be_plausible(run: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    file = run / "evaluation.json"
+    fields = json.loads(file.read_text())
+    del fields["crc32c"]
+    file.write_text(json.dumps(fields))
+    assert dspark("export", run / "draft", tmp_path / "sound").exit_code == 0
+    assert "| tau |" in card_of(tmp_path / "sound")[1]
+    file.write_text(json.dumps(fields | changes))
+    assert dspark("export", run / "draft", tmp_path / "out").exit_code == 0
+    assert "| tau |" not in card_of(tmp_path / "out")[1]
+    with pytest.raises(EvaluationError, match=r"expected rates|interval"):
+        read_evaluation(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("evaluation.json", 0),
+        ("draft/calibration.json", 0),
+        ("config.toml", 0),
+        ("checkpoints/step_00000003/trainer_state.json", 0),
+        ("draft/config.json", 1),
+    ],
+)
+def test_a_file_that_claims_to_be_huge_is_not_read(run: Path, tmp_path: Path, name: str, status: int) -> None:
+    with (run / name).open("ab") as stream:
+        stream.truncate(40 << 30)
+    result = dspark("export", run / "draft", tmp_path / "out")
+    assert result.exit_code == status, result.output
+    assert "has 42,949,672,960 bytes, expected " in " ".join(result.output.split())
+    assert (tmp_path / "out").exists() == (status == 0)
 
 
 def test_a_draft_away_from_its_run(run: Path, tmp_path: Path) -> None:
@@ -223,7 +294,9 @@ def test_another_cache_is_not_taken_for_the_run_s(base: Path, run: Path, tmp_pat
     state_file = run / "checkpoints" / "step_00000003" / "trainer_state.json"
     state = json.loads(state_file.read_text())
     state["made_from"]["cache.identity"] = "0" * 64
-    state_file.write_text(json.dumps(state))
+    del state["crc32c"]
+    compact = json.dumps(state, sort_keys=True, separators=(",", ":")).encode()
+    state_file.write_text(json.dumps(state | {"crc32c": google_crc32c.value(compact)}))
     result = dspark("export", run / "draft", tmp_path / "out")
     assert result.exit_code == 0
     assert "is another one" in result.output

@@ -1,5 +1,6 @@
 """How processes share the trials of a sweep, without a training: what is claimed, freed, drawn, refused."""
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import sqlalchemy
 from optuna.trial import TrialState
 
 from pipeline.config import Config, load_config, to_toml
+from pipeline.sweep import data_base
 from pipeline.sweep import study as study_module
 from pipeline.sweep.study import ClaimedTrial, Trials, open_trials
 from stages.errors import SettingError
@@ -103,6 +105,93 @@ def test_a_trial_that_was_put_back_comes_first(base: Config, tmp_path: Path) -> 
     assert third.number == 2
     assert trials.study.trials[0].state == TrialState.FAIL
     assert trials.study.trials[0].user_attrs["reason"] == "does not fit"
+
+
+def test_a_trial_that_is_put_back_is_never_found_waiting_and_held(base: Config, tmp_path: Path) -> None:
+    """A claims the only trial and puts it back, while B claims at every moment in between."""
+    config = make(base, GRID.replace("0, 1, 2]", "0]").replace("0, 8]", "0]"), tmp_path / "run")
+    left, right = open_trials(config, cache=CACHE), open_trials(config, cache=CACHE)
+    claimed = left.claim()
+    assert claimed is not None
+    original, waits = left.storage.set_trial_state_values, threading.Event()
+
+    def slowly(*arguments: Any, **options: Any) -> bool:
+        changed = original(*arguments, **options)
+        waits.set()
+        time.sleep(1.0)
+        return changed
+
+    left.storage.set_trial_state_values = slowly  # type: ignore[method-assign]
+    with ThreadPoolExecutor() as pool:
+        put_back = pool.submit(left.postpone, claimed, "no descriptors")
+        assert waits.wait(30)
+        again = right.claim()
+        put_back.result()
+    assert again is not None
+    assert again.number == claimed.number
+
+
+def test_a_waiting_trial_that_a_process_holds_is_passed_over(base: Config, tmp_path: Path) -> None:
+    trials = open_trials(make(base, GRID, tmp_path / "run"), cache=CACHE)
+    first = trials.claim()
+    assert first is not None
+    trials._set_state(first.number, TrialState.WAITING)
+    second = trials.claim()
+    assert second is not None
+    assert second.number == 1
+    assert trials.study.trials[0].state == TrialState.WAITING
+    assert trials.is_held_here()
+    trials.put_back(first)
+    again = trials.claim()
+    assert again is not None
+    assert again.number == first.number
+
+
+def test_what_was_let_go_of_is_free_though_a_child_has_its_descriptor(base: Config, tmp_path: Path) -> None:
+    trials = open_trials(make(base, GRID, tmp_path / "run"), cache=CACHE)
+    claimed = trials.claim()
+    assert claimed is not None
+    inherited = study_module.os.dup(claimed.lock)  # what a fork gives
+    trials.put_back(claimed)
+    again = trials.claim()
+    assert again is not None
+    assert again.number == claimed.number
+    study_module.os.close(inherited)
+
+
+DAMAGES = {
+    "attribute": "UPDATE trial_user_attributes SET value_json = '{'",
+    "place": "DELETE FROM trial_user_attributes WHERE key = 'place'",
+    "origin": "UPDATE study_user_attributes SET value_json = '[1'",
+    "state": "UPDATE trials SET state = 'WHAT'",
+    "number": "UPDATE trials SET number = 'x'",
+    "table": "ALTER TABLE trials DROP COLUMN datetime_start",
+    "params": "UPDATE trial_params SET distribution_json = '{}'",
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "cut", "bytes"])
+def test_a_damaged_study_is_named_with_what_to_do(base: Config, tmp_path: Path, damage: str) -> None:
+    config = make(base, GRID, tmp_path / "run")
+    trials = open_trials(config, cache=CACHE)
+    done, claimed = trials.claim(), trials.claim()
+    assert done is not None
+    assert claimed is not None
+    trials.complete(done, tau=1.5)
+    file = tmp_path / "run" / "study.db"
+    trials.storage.engine.dispose()
+    if damage in DAMAGES:
+        with sqlite3.connect(file) as connection:
+            connection.execute(DAMAGES[damage])
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:8192])
+    else:
+        data = bytearray(file.read_bytes())
+        for place in range(4096, len(data), 512):
+            data[place : place + 64] = b"\xff" * 64
+        file.write_bytes(data)
+    with pytest.raises(SettingError, match=r"study\.db: cannot be used.*move it away.*trial\.json"):
+        drain(open_trials(config, cache=CACHE), tau=lambda _: 1.0)
 
 
 def test_machines_that_share_a_data_base_free_a_trial_once_it_is_silent(
@@ -245,6 +334,22 @@ def test_a_data_base_that_cannot_be_used(base: Config, tmp_path: Path, url: str)
         open_trials(make(base, sweep, tmp_path / "run"), cache=CACHE)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://u:p@h:notaport/S3CRET",
+        "postgresql://u:S3CRET@h:5432x/db",
+        "mysql://u:a@b:S3CRET/db",
+        "sqlite+what://S3CRET@",
+    ],
+)
+def test_a_url_that_cannot_be_read_is_not_shown(base: Config, tmp_path: Path, url: str) -> None:
+    sweep = GRID.replace("[sweep.grid]", f'[sweep]\nstorage = "{url}"\n[sweep.grid]')
+    with pytest.raises(SettingError, match=r"sweep.storage: cannot be used") as caught:
+        open_trials(make(base, sweep, tmp_path / "run"), cache=CACHE)
+    assert "S3CRET" not in str(caught.value)
+
+
 def test_a_file_that_is_no_data_base(base: Config, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "study.db").write_text("garbage" * 1000)
@@ -293,8 +398,8 @@ def test_many_may_open_a_new_sweep_at_once(base: Config, tmp_path: Path) -> None
 def test_a_shared_data_base_that_another_machine_sets_up_is_tried_again(
     base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_module, "RETRY_SECONDS", 0.0)
-    original, attempts = study_module.RDBStorage, []
+    monkeypatch.setattr(data_base, "RETRY_SECONDS", 0.0)
+    original, attempts = data_base.RDBStorage, []
 
     def connect(*arguments: Any, **named: Any) -> Any:
         attempts.append(arguments)
@@ -302,7 +407,7 @@ def test_a_shared_data_base_that_another_machine_sets_up_is_tried_again(
             raise sqlalchemy.exc.OperationalError("CREATE TABLE studies", {}, Exception("exists already"))
         return original(*arguments, **named)
 
-    monkeypatch.setattr(study_module, "RDBStorage", connect)
+    monkeypatch.setattr(data_base, "RDBStorage", connect)
     sweep = GRID.replace("[sweep.grid]", f'[sweep]\nstorage = "sqlite:///{tmp_path}/shared.db"\n[sweep.grid]')
     assert open_trials(make(base, sweep, tmp_path / "run"), cache=CACHE).claim() is not None
     assert len(attempts) == 2

@@ -77,6 +77,15 @@ PASSING = {
     "memory": MemoryError,
     "gpu memory": lambda: torch.OutOfMemoryError("CUDA out of memory"),
     "cpu memory": lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    "threads": lambda: RuntimeError("can't start new thread"),
+    "processes": lambda: BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+    "processes, as text": lambda: RuntimeError("fork: Resource temporarily unavailable"),
+    "shared memory": lambda: RuntimeError(
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit."
+    ),
+    "bus error": lambda: RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "),
+    "worker killed": lambda: RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"),
     "safetensors": lambda: ValueError("I/O error: Too many open files (os error 24)"),
 }
 LASTING = [

@@ -1,11 +1,13 @@
 """The journal keeps every whole line through any tear, and what is published is a function of it."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from full_disk import limited_file_size
+from stages.regenerate import journal as journal_module
 from stages.regenerate import publish as publishing
 from stages.regenerate.dialogue import Outcome
 from stages.regenerate.journal import Journal
@@ -57,6 +59,54 @@ def make_manifest(**changes: object) -> RegenerationManifest:
 
 
 OUTCOMES = [make_outcome(row, text="zwölf\n\ud800" * row) for row in (4, 0, 2)] + [make_outcome(9, "dropped")]
+
+
+def test_a_line_that_is_nested_too_deeply_is_a_damaged_one(tmp_path: Path) -> None:
+    """However right its checksum: cut off at the end, named before it."""
+    file = tmp_path / "log"
+    with Journal(file) as journal:
+        journal.append(OUTCOMES[:2])
+    whole = file.read_bytes()
+    body = b"[" * 200_000 + b"]" * 200_000
+    deep = crc32c_hex(body).encode() + b" " + body + b"\n"
+    file.write_bytes(whole + deep)
+    with Journal(file) as journal:
+        assert journal.num_known == 2
+    assert file.read_bytes() == whole
+    file.write_bytes(deep + whole)
+    with pytest.raises(RegenerationError, match="line 1 is damaged, though not the last"):
+        Journal(file)
+
+
+def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "log"
+    with Journal(file) as journal:
+        journal.append(OUTCOMES[:2])
+    whole = file.read_bytes()
+    with file.open("ab") as stream:  # what a power cut leaves of a file that grew
+        stream.truncate(1 << 30)
+    tracemalloc.start()
+    with Journal(file) as journal:
+        assert journal.num_known == 2
+    assert tracemalloc.get_traced_memory()[1] < 1 << 29, "the file has twice as many"
+    tracemalloc.stop()
+    assert file.read_bytes() == whole
+    monkeypatch.setattr(journal_module, "MAX_LINE_BYTES", 2000)
+    with Journal(file) as journal, pytest.raises(RegenerationError, match=r"row 7 has .* bytes, expected 2,000"):
+        journal.append([make_outcome(7, text="x" * 3000)])
+    (tmp_path / "pipe").mkdir()
+    with pytest.raises(RegenerationError, match="not a plain file"):
+        Journal(tmp_path / "pipe")
+
+
+def test_a_manifest_that_claims_to_be_huge_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "answers-00000.jsonl").write_text("{}\n")
+    with (tmp_path / "regeneration.json").open("wb") as stream:
+        stream.truncate(40 << 30)
+    with pytest.raises(RegenerationError, match="42,949,672,960 bytes, expected 33,554,432"):
+        publishing.read_manifest(tmp_path)
+    with pytest.raises(RegenerationError, match="42,949,672,960 bytes, expected 33,554,432"):
+        find_manifests([str(tmp_path / "answers-00000.jsonl")])
 
 
 def test_a_torn_journal_keeps_its_whole_lines(tmp_path: Path) -> None:

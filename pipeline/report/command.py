@@ -10,7 +10,7 @@ from pipeline.report.page import write_page
 from pipeline.report.runs import common_folder, read_runs
 from pipeline.report.table import print_table
 from pipeline.report.words import readable
-from pipeline.sweep.study import STUDY_FILE
+from pipeline.sweep.data_base import STUDY_FILE
 from stages.errors import SettingError
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.report.words import readable
 from pipeline.sweep.record import RECORD_FILE, read_trial
+from stages.bounded_files import open_plain, read_text_bounded
 from stages.errors import SettingError
 from stages.evaluate.evaluation import Evaluation, read_evaluation
 from stages.evaluate.records import EvaluationError
@@ -169,7 +170,7 @@ def _read_files(folder: Path, *, name: str) -> Run:
 def _read_config(folder: Path) -> dict[str, Any]:
     """The run's resolved config, flat; empty where it cannot be read."""
     try:
-        tables = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_text_bounded(folder / "config.toml"))
         json.dumps(tables, default=str)  # refuses numbers of thousands of digits
     except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s: %s; what differs from the other runs is not known", folder / "config.toml", error)
@@ -184,7 +185,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _count_trained(file: Path) -> int | None:
     """Parameters in a safetensors file that are not the target's, from its header alone."""
     try:
-        with file.open("rb") as stream:
+        with open_plain(file) as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(min(length, MAX_HEADER_BYTES)))
         shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}

@@ -87,8 +87,7 @@ class Desk:
         reader = open_cache(trial, layers=trial.draft.target_layer_ids, opened=opened)
         origin = describe_origin(trial, reader)
         self._record["origin"] = origin
-        claimed.handle.set_user_attr("run_dir", str(run_dir))
-        claimed.handle.set_user_attr("origin", origin)
+        self._trials.note(claimed, {"run_dir": str(run_dir), "origin": origin})
         write_trial(run_dir, {**self._record, "state": "started"})
         check_evaluation(trial, opened=reader)
 

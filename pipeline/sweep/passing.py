@@ -24,9 +24,11 @@ PASSING_NAMES = {
 }  # fmt: skip
 PASSING_ERRNOS = {number for number, name in errno.errorcode.items() if name in PASSING_NAMES}
 MEMORY_ERRORS = (MemoryError, torch.OutOfMemoryError, MemoryShortError)
-# How torch and safetensors tell the same in errors that carry no number.
+# How Python, torch and safetensors tell the same in errors that carry no number.
 PASSING_TEXTS = re.compile(
-    r"out of memory|can(?:no|')t allocate memory|ALLOC_FAILED|too many open files|no space left on device",
+    r"out of (?:shared )?memory|can(?:no|')t allocate memory|ALLOC_FAILED|too many open files|no space left on device"
+    r"|can(?:no|')t start new thread|resource temporarily unavailable"
+    r"|worker .*killed by signal: (?:bus error|killed)|worker .*exited unexpectedly|insufficient shared memory",
     re.IGNORECASE,
 )
 OS_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")

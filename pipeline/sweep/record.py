@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+from stages.bounded_files import read_text_bounded
 from stages.whole_files import write_whole
 
 RECORD_FILE = "trial.json"
@@ -25,7 +26,7 @@ def write_trial(run_dir: Path, fields: dict[str, Any]) -> None:
 def read_trial(run_dir: Path) -> dict[str, Any] | None:
     """The record; None for a run that no sweep made, or whose record is damaged."""
     try:
-        fields = json.loads((run_dir / RECORD_FILE).read_text(encoding="utf-8"))
+        fields = json.loads(read_text_bounded(run_dir / RECORD_FILE))
     except (OSError, ValueError, RecursionError):
         return None
     return fields if isinstance(fields, dict) and fields.get("format_version") == FORMAT_VERSION else None

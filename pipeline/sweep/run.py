@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 from pipeline.config import Config, ConfigError
 from pipeline.stage_two import NonFiniteScoreError, open_cache, open_reader, train_draft
 from pipeline.sweep import passing
+from pipeline.sweep.data_base import StudyError
 from pipeline.sweep.desk import Desk
 from pipeline.sweep.plan import Point, check_points, sweep_section, trial_config
 from pipeline.sweep.provenance import describe_cache
@@ -135,6 +136,8 @@ def _run_trial(
         with nullcontext() if desk is None else desk.logging():
             result = train_draft(trial, ranks=ranks, judge=None if desk is None else desk.judge, opened=opened)
         return ranks.on_first(lambda: _at(desk).conclude(trial, opened, was_stopped=result.was_stopped))
+    except StudyError:
+        raise
     except Exception as error:
         may_pass = passing.may_pass(error)
         if not may_pass and not isinstance(error, TRIAL_ERRORS):

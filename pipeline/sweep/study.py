@@ -12,14 +12,12 @@ interrupted once its process has not reported for GRACE_SECONDS.
 """
 
 import os
-import sqlite3
 import threading
 import time
 import uuid
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +28,20 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.config import Config
+from pipeline.sweep.data_base import naming_study, open_storage, study_errors
 from pipeline.sweep.plan import describe_sweep, plan_distributions, plan_params, sweep_section
 from pipeline.sweep.record import RECORD_FILE
 from pipeline.sweep.settings import SweepSection
 from stages.errors import SettingError
 from stages.whole_files import write_whole
 from storage.errors import CacheReadError
-from storage.locks import exclusive, lock, open_lock
+from storage.locks import exclusive, lock, open_lock, unlock
 
-STUDY_FILE = "study.db"
 OWN_STUDY = "sweep"  # in that file
 LOCKS = ".locks"
 BEAT_SECONDS = 30.0
 # Ten missed reports: the machine is gone, or its clock is minutes off those of the others (assumption).
 GRACE_SECONDS = 300.0
-# Writers of an SQLite file wait for each other; each write takes milliseconds.
-BUSY_SECONDS = 60.0
-# Between two attempts at a shared data base; to make its tables takes less (assumption).
-RETRY_SECONDS = 2.0
 
 TROUBLE = "trouble"  # attribute of a trial: why it was last put back
 FAILED_TO_WAITING = (
@@ -89,26 +83,33 @@ class Trials:
         """Trials in all."""
         return len(self.planned)
 
+    @naming_study
     def count(self, *states: TrialState) -> int:
         """Trials in one of these states; by default all that have ended."""
         return len(self._select(*states or FINISHED))
 
+    @naming_study
     def claim(self, *, avoid: Collection[int] = ()) -> ClaimedTrial | None:
         """A trial that waits, or the next new one; it is this process's from now on. None if there is none left.
 
-        A trial with the values of a complete one gets its tau, and is passed over; so are the numbers to `avoid`.
+        A trial with the values of a complete one gets its tau, and is passed over; so are the numbers to `avoid`, and
+        those that wait though a process still holds them.
         """
+        held: set[int] = set()
         with exclusive(self.folder / LOCKS / "sweep", wait=True):
             self._free_interrupted()
-            while (number := self._take(avoid)) is not None:
+            while (number := self._take({*avoid, *held})) is not None:
                 lock = self._lock_trial(number)
                 if lock is None:
-                    raise AssertionError(f"trial {number} waits, but a process holds it")
+                    held.add(number)
+                    self._set_state(number, TrialState.WAITING)
+                    continue
                 claimed = self._start(number, lock)
                 if not self._copy_twin(claimed):
                     return claimed
             return None
 
+    @naming_study
     def find_missing(self) -> list[str]:
         """Run folders of complete trials of this folder that are gone, with what they would be compared by."""
         trained = [
@@ -118,55 +119,75 @@ class Trials:
         ]
         return [name for name in trained if not (self.folder / name / RECORD_FILE).is_file()]
 
+    @naming_study
     def is_held_here(self) -> bool:
         """Whether a process of this folder is at work on a trial."""
         with exclusive(self.folder / LOCKS / "sweep", wait=True):
-            running = self._select(TrialState.RUNNING)
-            return any(self._is_here(trial) and not self._is_free(trial.number) for trial in running)
+            open_ = self._select(TrialState.RUNNING, TrialState.WAITING)  # which may still be held for a moment
+            return any(self._is_here(trial) and not self._is_free(trial.number) for trial in open_)
 
+    @naming_study
+    def note(self, trial: ClaimedTrial, attributes: dict[str, Any]) -> None:
+        """Keep these attributes with the trial."""
+        for name, value in attributes.items():
+            trial.handle.set_user_attr(name, value)
+
+    @naming_study
     def report(self, trial: ClaimedTrial, *, step: int, tau: float) -> bool:
         """Note the tau of a validation; whether the trial should be given up."""
         if step not in self._select()[trial.number].intermediate_values:  # else a validation done again after a kill
             trial.handle.report(tau, step)
         return self.should_prune(trial)
 
+    @naming_study
     def should_prune(self, trial: ClaimedTrial) -> bool:
         """What the last validation says, if the sweep prunes at all."""
         return self.sweep.prune and bool(trial.handle.should_prune())
 
+    @naming_study
     def complete(self, trial: ClaimedTrial, *, tau: float) -> None:
         """The trial has ended with this tau."""
         self.study.tell(trial.handle, tau, skip_if_finished=True)
         self._release(trial)
 
+    @naming_study
     def prune(self, trial: ClaimedTrial) -> None:
         """The trial was given up."""
         self.study.tell(trial.handle, state=TrialState.PRUNED, skip_if_finished=True)
         self._release(trial)
 
+    @naming_study
     def fail(self, trial: ClaimedTrial, reason: str) -> None:
         """The trial's values do not work, for this reason."""
         trial.handle.set_user_attr("reason", reason)
         self.study.tell(trial.handle, state=TrialState.FAIL, skip_if_finished=True)
         self._release(trial)
 
+    @naming_study
     def postpone(self, trial: ClaimedTrial, reason: str) -> None:
         """The trial met trouble that may pass, for this reason, and waits."""
         trial.handle.set_user_attr(TROUBLE, reason)
         self.put_back(trial)
 
+    @naming_study
     def find_postponed(self) -> dict[int, str]:
         """Trials that wait since they met trouble that may pass: number -> reason."""
         waiting = self._select(TrialState.WAITING)
         return {trial.number: trial.user_attrs[TROUBLE] for trial in waiting if trial.user_attrs.get(TROUBLE)}
 
+    @naming_study
     def put_back(self, trial: ClaimedTrial) -> None:
         """The trial was interrupted, and waits for whoever continues it; nothing if it has ended."""
         if trial.finished.is_set():
             return
-        with suppress(optuna.exceptions.UpdateFinishedTrialError):  # another machine took it for interrupted
-            self._set_state(trial.number, TrialState.WAITING)
-        self._release(trial)
+        try:
+            # Nobody may find the trial waiting and yet held, nor free it a second time.
+            with exclusive(self.folder / LOCKS / "sweep", wait=True):
+                with suppress(optuna.exceptions.UpdateFinishedTrialError):  # another machine took it for interrupted
+                    self._set_state(trial.number, TrialState.WAITING)
+                self._release(trial)
+        finally:
+            self._release(trial)
 
     def _start(self, number: int, lock: int) -> ClaimedTrial:
         # A function of the seed and the trial: a sampler that started anew after a kill would repeat its first draws.
@@ -248,7 +269,7 @@ class Trials:
     def _is_free(self, number: int) -> bool:
         lock = self._lock_trial(number)
         if lock is not None:
-            os.close(lock)
+            unlock(lock)
         return lock is not None
 
     def _lock_trial(self, number: int) -> int | None:
@@ -256,8 +277,9 @@ class Trials:
         return _lock(self.folder / LOCKS / f"trial_{number:04d}")
 
     def _release(self, trial: ClaimedTrial) -> None:
-        trial.finished.set()
-        os.close(trial.lock)
+        if not trial.finished.is_set():
+            trial.finished.set()
+            unlock(trial.lock)
 
     def _set_state(self, number: int, state: TrialState) -> bool:
         return self.storage.set_trial_state_values(self._trial_id(number), state)
@@ -277,8 +299,8 @@ def open_trials(config: Config, *, cache: dict[str, str], retries_failed: bool =
     sweep = sweep_section(config)
     folder = config.train.run_dir
     (folder / LOCKS).mkdir(parents=True, exist_ok=True)
-    with exclusive(folder / LOCKS / "sweep", wait=True):  # also while the storage makes its tables
-        storage = _open_storage(sweep, folder)
+    with exclusive(folder / LOCKS / "sweep", wait=True), study_errors(sweep, folder):
+        storage = open_storage(sweep, folder)  # makes its tables
         name = _study_name(sweep, folder, storage)
         study = optuna.create_study(
             study_name=name,
@@ -305,34 +327,6 @@ def _study_name(sweep: SweepSection, folder: Path, storage: RDBStorage) -> str:
     if sweep.storage is not None:
         return sweep.name or folder.resolve().name
     return next((study.study_name for study in storage.get_all_studies()), OWN_STUDY)
-
-
-def _open_storage(sweep: SweepSection, folder: Path) -> RDBStorage:
-    try:
-        return _connect_own(folder / STUDY_FILE) if sweep.storage is None else _connect_shared(sweep.storage)
-    except (ImportError, RuntimeError, sqlalchemy.exc.SQLAlchemyError) as error:
-        where = "sweep.storage" if sweep.storage else str(folder / STUDY_FILE)
-        raise SettingError(
-            f"{where}: cannot be used as the data base of a sweep ({error}); expected an SQLAlchemy URL whose driver "
-            "is installed, or none for a file in the sweep's folder. If another machine began in the same moment, "
-            "start again"
-        ) from error
-
-
-def _connect_own(file: Path) -> RDBStorage:
-    # Not by its URL: of SQLAlchemy's versions some take `?` and `%` in one for syntax, and Optuna takes `{` so.
-    connect = partial(sqlite3.connect, file, timeout=BUSY_SECONDS, check_same_thread=False)
-    return RDBStorage(f"sqlite:///{STUDY_FILE}", engine_kwargs={"creator": connect})
-
-
-def _connect_shared(url: str) -> RDBStorage:
-    """Once more where the data base refuses: another machine may have made the tables in the same moment."""
-    arguments = {"connect_args": {"timeout": BUSY_SECONDS}} if url.startswith("sqlite") else {}
-    try:
-        return RDBStorage(url, engine_kwargs=arguments)
-    except sqlalchemy.exc.DBAPIError:
-        time.sleep(RETRY_SECONDS)
-        return RDBStorage(url, engine_kwargs=arguments)
 
 
 def _check_same(study: optuna.Study, wanted: dict[str, str], *, folder: Path) -> None:

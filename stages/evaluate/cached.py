@@ -6,9 +6,10 @@ Shape suffixes: M blocks, K slots of a block.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from pydantic import model_validator
 
 from stages.evaluate.blocks import Blocks, SlotScores, gather_blocks
 from stages.evaluate.bootstrap import bootstrap_mean, bootstrap_ratio, widen
@@ -16,6 +17,7 @@ from stages.evaluate.reliability import calibration_error, weighted_auc
 from storage.sealed import Record
 
 PerPos = tuple[float, ...]
+ROUNDING = 1e-6  # of sums of float32
 
 
 class CacheEvaluation(Record):
@@ -58,8 +60,26 @@ class CacheEvaluation(Record):
     """Probability that an accepted token has a higher confidence than a rejected one, ties half: each slot counts as
     accepted with weight accept rate and as rejected with the rest. None without head, or without one of the two."""
 
+    @model_validator(mode="after")
+    def _check_plausible(self) -> Self:
+        check_taus(self)
+        for name in (name for name in type(self).model_fields if name.endswith("_per_pos") and "num" not in name):
+            if not all(-ROUNDING <= rate <= 1 + ROUNDING for rate in getattr(self, name) or ()):
+                raise ValueError(f"{name}: expected rates from 0 to 1")
+        return self
+
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
+
+
+def check_taus(numbers: Any) -> None:
+    """See that `tau` and `tau_greedy` lie inside their intervals. Raises ValueError."""
+    for name in ("tau", "tau_greedy"):
+        tau, low, high = (getattr(numbers, name + end) for end in ("", "_low", "_high"))
+        if tau is not None and not (low is not None and high is not None and low - ROUNDING <= tau <= high + ROUNDING):
+            raise ValueError(f"{name}: is {tau}, outside its interval from {low} to {high}")
+        if tau is not None and tau < 1 - ROUNDING:
+            raise ValueError(f"{name}: expected at least 1, the bonus token, got {tau}")
 
 
 def evaluate_scores(batches: Iterable[tuple[int, SlotScores]], *, block_size: int) -> CacheEvaluation:

@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 from pydantic import ValidationError, model_validator
 
+from stages.bounded_files import read_bounded
 from stages.errors import SettingError
 from storage.sealed import Record, describe
 
@@ -187,7 +188,7 @@ def read_throughput_table(file: Path | None, *, least_tokens: int) -> Throughput
 def _read_table(file: Path) -> Throughput:
     where = f"evaluate.throughput_table: {file}"
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = read_bounded(file).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise SettingError(f"{where}: no such file") from error
     except OSError as error:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from stages.bounded_files import bounded_lines
 from stages.regenerate.dialogue import Outcome
 from stages.regenerate.disk import disk_errors
 from stages.regeneration_record import RegenerationError
@@ -18,6 +19,7 @@ from storage.errors import CacheReadError
 from storage.files import crc32c_hex
 from storage.locks import lock
 
+MAX_LINE_BYTES = 1 << 26  # of one outcome: some ten million words
 SYNC_SECONDS = 1.0  # what a power cut may cost; a killed process loses nothing that was appended
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ class Journal:
     def __init__(self, file: Path) -> None:
         """Open or create; a torn end is cut off. Raises RegenerationError if a line before the end is damaged."""
         self._file = file
+        if file.exists() and not file.is_file():  # a pipe would block
+            raise RegenerationError(f"{file}: is not a plain file; move it away")
         with disk_errors(file):
             self._stream = file.open("a+b")
         self._places: dict[int, int] = {}  # row -> offset of the line that counts
@@ -70,6 +74,11 @@ class Journal:
         offset, lines = self._stream.seek(0, os.SEEK_END), []
         for outcome in outcomes:
             line = _render(outcome)
+            if len(line) > MAX_LINE_BYTES:
+                raise RegenerationError(
+                    f"{self._file}: row {outcome.row} has {len(line):,} bytes, expected {MAX_LINE_BYTES:,} at most; "
+                    "shorten that prompt, or leave it out"
+                )
             lines.append(line)
             self._places[outcome.row], self._kinds[outcome.row] = offset, outcome.kind
             offset += len(line)
@@ -88,7 +97,7 @@ class Journal:
         """Every row's outcome, in the order of the rows."""
         for row in sorted(self._places):
             self._stream.seek(self._places[row])
-            outcome = _parse(self._stream.readline())
+            outcome = _parse(self._stream.readline(MAX_LINE_BYTES))
             if outcome is None:
                 raise RegenerationError(f"{self._file}: row {row} has changed since it was written; check the disk")
             yield outcome
@@ -104,7 +113,7 @@ class Journal:
     def _read(self) -> None:
         self._stream.seek(0)
         offset = 0
-        for number, line in enumerate(self._stream, start=1):
+        for number, line in enumerate(bounded_lines(self._stream, max_bytes=MAX_LINE_BYTES), start=1):
             outcome = _parse(line)
             if outcome is None:
                 self._cut(offset, number=number)
@@ -114,7 +123,7 @@ class Journal:
 
     def _cut(self, offset: int, *, number: int) -> None:
         """Drop a torn end. A sound line behind a bad one shows other damage, which is not ours to remove."""
-        if any(_parse(line) is not None for line in self._stream):
+        if any(_parse(line) is not None for line in bounded_lines(self._stream, max_bytes=MAX_LINE_BYTES)):
             raise RegenerationError(
                 f"{self._file}: line {number} is damaged, though not the last; remove that line and its row is asked "
                 "again, or put the file back"
@@ -136,5 +145,5 @@ def _parse(line: bytes) -> Outcome | None:
         return None
     try:
         return Outcome.model_validate(json.loads(body))  # pydantic's own JSON refuses lone surrogates
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

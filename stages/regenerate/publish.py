@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO
 
+from stages.bounded_files import read_bounded
 from stages.prompt_hash import COLUMN
 from stages.regenerate.dialogue import Outcome
 from stages.regenerate.disk import disk_errors
@@ -59,7 +60,12 @@ def prepare_folder(folder: Path, manifest: RegenerationManifest) -> None:
 def read_manifest(folder: Path) -> RegenerationManifest | None:
     """None where there is none yet. Raises RegenerationError for one that is damaged."""
     file = folder / MANIFEST
-    return parse_manifest(file.read_bytes(), where=str(file)) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return parse_manifest(read_bounded(file), where=str(file))
+    except OSError as error:
+        raise RegenerationError(f"{file}: cannot be read: {error.strerror}; put a copy back") from error
 
 
 def write_manifest(folder: Path, manifest: RegenerationManifest) -> None:

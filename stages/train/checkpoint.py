@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from stages.bounded_files import read_bounded
 from stages.errors import StageError
 from stages.target_head import TargetHead, read_head
 from stages.train.draft_files import HEAD_FILE, check_recorded, write_draft_files, write_recorded
@@ -231,6 +232,14 @@ def _holds(file: Path, head: TargetHead) -> bool:
     return stored.keys() == wanted.keys() and all(torch.equal(stored[name], wanted[name]) for name in stored)
 
 
+def read_state(folder: Path) -> TrainerState:
+    """What a checkpoint's own record says, its crc32c checked; its other files are not read. Raises CheckpointError."""
+    problem, state = _read_state(folder, names=set())
+    if state is None:
+        raise CheckpointError(f"{folder}: is damaged ({problem})")
+    return state
+
+
 def check_against_state(folder: Path, names: Iterable[str]) -> str | None:
     """What is wrong with these files of a checkpoint by its record; None if nothing is, or if this is no checkpoint."""
     if not (folder / STATE_FILE).exists():
@@ -241,8 +250,7 @@ def check_against_state(folder: Path, names: Iterable[str]) -> str | None:
 def _read_state(folder: Path, *, names: set[str] | None = None) -> tuple[str, TrainerState | None]:
     """What is wrong with a checkpoint, or its state; `names`: of these files alone."""
     try:
-        describe_file(folder / STATE_FILE)
-        fields = json.loads((folder / STATE_FILE).read_text())
+        fields = json.loads(read_bounded(folder / STATE_FILE))
         record = StateRecord.model_validate(fields)
         if _record_crc32c({key: value for key, value in fields.items() if key != "crc32c"}) != record.crc32c:
             return f"{STATE_FILE}: does not match its own crc32c", None

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from stages.bounded_files import read_bounded
 from stages.target_head import EMBEDDING, HEAD
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -79,7 +80,7 @@ def check_draft_files(folder: Path) -> str | None:
     expected = read_notes(folder / WEIGHTS_FILE).get("config_crc32c")
     if problem is not None or expected is None:
         return problem
-    found = f"{google_crc32c.value((folder / CONFIG_FILE).read_bytes()):08x}"
+    found = f"{google_crc32c.value(read_bounded(folder / CONFIG_FILE)):08x}"
     return None if found == expected else f"{CONFIG_FILE}: expected the crc32c {expected}, got {found}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from stages.bounded_files import read_text_bounded
 from stages.errors import SettingError
 from stages.train.checkpoint import check_against_state
 from stages.train.draft_files import (
@@ -88,7 +89,7 @@ def digest_draft(folder: Path) -> str:
 
 def _is_speculators_form(folder: Path) -> bool:
     try:
-        fields = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        fields = json.loads(read_text_bounded(folder / CONFIG_FILE))
     except (OSError, ValueError, RecursionError) as error:
         raise SettingError(f"{folder}: cannot be read as a draft: {CONFIG_FILE}: {error}") from error
     if not isinstance(fields, dict):

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from stages.bounded_files import bounded_lines, open_plain
 from stages.train.checkpoint import write_errors
 from stages.train.module import DSparkStepMetrics
 from stages.train.parallel import Ranks
 from stages.whole_files import write_whole
 
+MAX_ROW_BYTES = 1 << 20  # of metrics.jsonl; a row has a few numbers, and one a slot
 PER_SLOT = ("accept_rate_per_pos_num", "accept_rate_per_pos_den")
 SUMMED = (
     "loss_num",
@@ -145,16 +147,23 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def _parse_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each whole line and what it says; a line that is no row of ours is passed over with a warning."""
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if file.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            yield line + "\n", row
-        else:
-            logger.warning("%s: line %d is not a row of metrics and is left out: %.60r", file, number, line)
+    if not file.is_file():
+        return
+    with open_plain(file) as stream:
+        for number, data in enumerate(bounded_lines(stream, max_bytes=MAX_ROW_BYTES), start=1):
+            if not data.endswith(b"\n"):  # cut short, or no line of ours: what follows is not looked for
+                if len(data) == MAX_ROW_BYTES:
+                    logger.warning("%s: from line %d on it is damaged, and left out", file, number)
+                return
+            line = data.decode("utf-8", errors="replace")
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                yield line, row
+            else:
+                logger.warning("%s: line %d is not a row of metrics and is left out: %.60r", file, number, line)
 
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)
