@@ -24,7 +24,7 @@ from storage.errors import (
     CacheUsageError,
 )
 from storage.files import disk_errors, sync_file
-from storage.text import HIDDEN, login_of, redact
+from storage.text import HIDDEN, redact, remember_secrets
 
 # Bytes of one request: long enough to hide its latency, short enough that four of them in flight take little memory.
 PIECE_BYTES = 16 << 20
@@ -46,6 +46,7 @@ class RemoteStore:
     """A directory at an address. Every method may raise CacheReadError; what is missing is a CacheNotFoundError."""
 
     def __init__(self, url: str) -> None:
+        remember_secrets(url)
         if not is_remote(url):
             raise CacheUsageError(
                 f"{redact(url)}: is no address; expected one such as s3://bucket/cache or file:///mnt/cache"
@@ -53,7 +54,6 @@ class RemoteStore:
         if f"://{HIDDEN}@" in url:
             raise CacheUsageError(f"{url}: its login was hidden when it was saved; give the address again, as by --set")
         self._address = url.rstrip("/")
-        self._login = login_of(url)
         self.url = redact(self._address)  # for messages
         self._pid = -1
         self._opened: tuple[Any, str] | None = None
@@ -157,20 +157,16 @@ class RemoteStore:
             except FileNotFoundError as error:
                 raise CacheNotFoundError(f"{where}: not found; check the address") from error
             except (PermissionError, ImportError, ValueError) as error:  # which no second attempt would change
-                raise CacheReadError(f"{where}: {self._describe(error)}; check address and access") from error
+                raise CacheReadError(f"{where}: {_describe(error)}; check address and access") from error
             except Exception as error:  # each file system has errors of its own, which need not be an OSError
                 if pause is None:
                     raise CacheReadError(
-                        f"{where}: {self._describe(error)}; after {NUM_ATTEMPTS} attempts. Check that the "
+                        f"{where}: {_describe(error)}; after {NUM_ATTEMPTS} attempts. Check that the "
                         "store can be reached, and run the same command again: it goes on from where it was"
                     ) from error
                 logger.info("%s: %s, trying again", where, type(error).__name__)
                 time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
-
-    def _describe(self, error: Exception) -> str:
-        text = f"{type(error).__name__}: {error}"
-        return redact(text.replace(self._login, HIDDEN) if self._login else text)
 
     def _connect(self) -> tuple[Any, str]:
         """This process' file system, which remembers no listings, and the path of the directory in it."""
@@ -181,3 +177,7 @@ class RemoteStore:
             self._opened = fsspec.core.url_to_fs(self._address, **options)
             self._pid = os.getpid()
         return self._opened
+
+
+def _describe(error: Exception) -> str:
+    return redact(f"{type(error).__name__}: {error}")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from stages.whole_files import write_whole
+from stages.whole_files import write_json
 
 RECORD_FILE = "trial.json"
 FORMAT_VERSION: Final = 1
@@ -18,8 +18,7 @@ def write_trial(run_dir: Path, fields: dict[str, Any]) -> None:
     reason, step     why and behind which step it was pruned, or why it failed
     origin           `describe_origin`'s
     """
-    text = json.dumps({"format_version": FORMAT_VERSION, **fields}, indent=2) + "\n"
-    write_whole(run_dir / RECORD_FILE, text)
+    write_json(run_dir / RECORD_FILE, {"format_version": FORMAT_VERSION, **fields})
 
 
 def read_trial(run_dir: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from stages.errors import StageError
-from stages.whole_files import write_whole
+from stages.whole_files import write_json
 from storage.sealed import Record, describe
 
 R = TypeVar("R", bound=Record)
@@ -21,7 +21,7 @@ class EvaluationError(StageError, ValueError):
 
 def write_record(file: Path, record: Record) -> None:
     """Write or replace the file; a crash leaves the old one or the new one."""
-    write_whole(file, json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
+    write_json(file, record.model_dump(mode="json"))
 
 
 def read_record(file: Path, kind: type[R], *, version: int, upgrade: Upgrade) -> R:
