@@ -49,8 +49,8 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise CacheWriteError(
-            f"{where}: cannot write: {error.strerror}; see to the disk and run the same command again, committed "
-            "shards are kept"
+            f"{where}: cannot write: {error.strerror}; see to the disk and run the same command again, what "
+            "was finished is kept"
         ) from error
 
 
@@ -63,7 +63,7 @@ def space_errors(where: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CacheSpaceError(
                 f"{where}: cannot write: {error.strerror}; free some space and run the same command again, "
-                "committed shards are kept"
+                "what was finished is kept"
             ) from error
         raise
 

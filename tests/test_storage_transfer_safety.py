@@ -29,7 +29,7 @@ from storage import (
     repair_cache,
     verify_cache,
 )
-from storage.errors import CacheWriteError
+from storage.errors import CacheUsageError, CacheWriteError
 from storage.plan import check_recorded
 from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, make_header, plan_cache
 
@@ -339,3 +339,43 @@ def test_what_has_grown_is_not_read(cache: Path, tmp_path: Path) -> None:
         with pytest.raises(CacheCorruptError, match=rf"{name}: has {15 << 40} bytes, expected {num_bytes}; the file"):
             check_recorded(cache, name, CachePlan.read(cache).manifest)
         os.truncate(cache / name, num_bytes)
+
+
+def read_staged(cache: Path, folder: Path, *, bound: int | None = None) -> None:
+    with CacheReader(f"file://{cache}", staging=folder, staging_bytes=bound) as reader:
+        check_samples(reader, LENGTHS)
+
+
+@pytest.mark.parametrize("suffix", ["", ".shards"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "file"])
+def test_what_lies_in_the_way_of_the_staging_is_said(cache: Path, tmp_path: Path, suffix: str, kind: str) -> None:
+    read_staged(cache, tmp_path / "s")
+    key = next(path.name for path in (tmp_path / "s").iterdir() if path.is_dir() and not path.suffix)
+    place = tmp_path / "s" / f"{key}{suffix}"
+    shutil.rmtree(place)
+    {"pipe": os.mkfifo, "link": lambda path: path.symlink_to("/nonexistent/x"), "file": Path.touch}[kind](place)
+    with pytest.raises(CacheUsageError, match=rf"{place}: cannot be a folder .* set cache\.staging to another folder"):
+        read_staged(cache, tmp_path / "s")
+
+
+@pytest.mark.parametrize("is_evicted", [False, True])
+def test_a_folder_in_place_of_a_staged_record_is_replaced(cache: Path, tmp_path: Path, is_evicted: bool) -> None:
+    read_staged(cache, tmp_path / "s")
+    record = next((tmp_path / "s").glob("*/commits/00000.json"))
+    record.unlink()
+    record.mkdir()
+    (record / "x").touch()
+    read_staged(cache, tmp_path / "s", bound=30_000 if is_evicted else None)
+    read_staged(cache, tmp_path / "s")
+    assert record.is_file()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "empty", "negative"])
+def test_a_charge_that_is_no_number_is_said(cache: Path, tmp_path: Path, kind: str) -> None:
+    read_staged(cache, tmp_path / "s")
+    charge = next((tmp_path / "s").glob("*.shards/00000.bytes"))
+    charge.unlink()
+    {"pipe": os.mkfifo, "empty": Path.touch, "negative": lambda path: path.write_text("-5")}[kind](charge)
+    next((tmp_path / "s").glob("*/commits/00001.json")).unlink()  # is fetched again, which counts space
+    with pytest.raises(CacheCorruptError, match=r"00000\.bytes: is (no number of bytes|not a regular file)"):
+        read_staged(cache, tmp_path / "s")

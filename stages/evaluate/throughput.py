@@ -6,6 +6,7 @@ forms.
 
 import csv
 import io
+import stat
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
@@ -187,6 +188,8 @@ def read_throughput_table(file: Path | None, *, least_tokens: int) -> Throughput
 def _read_table(file: Path) -> Throughput:
     where = f"evaluate.throughput_table: {file}"
     try:
+        if not stat.S_ISREG(file.stat().st_mode):  # to read a pipe or a device may never end
+            raise SettingError(f"{where}: is not a regular file")
         text = file.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise SettingError(f"{where}: no such file") from error
