@@ -61,8 +61,9 @@ def _secrets_of(address: str) -> Iterator[tuple[str, str]]:
         yield f":{secret}@", f":{HIDDEN}@"
     elif not colon and len(login) >= MIN_TOKEN_CHARS:
         yield login, HIDDEN
-    if len(secret) >= MIN_SECRET_CHARS and secret != name:
-        yield secret, HIDDEN
+    for piece in {secret, *re.split(r"[/?#]", secret)}:  # at these a library may take it apart
+        if len(piece) >= MIN_SECRET_CHARS and piece != name:
+            yield piece, HIDDEN
     if "://" not in address or re.match(r"(?:file|local)://", address):
         return
     for pair, value in _WHOLE_QUERY.findall(address):

@@ -93,6 +93,7 @@ def test_secrets_are_hidden(text: str, shown: str) -> None:
         ("github://org:S3CRET@repo/x", "not found: /repos/org/S3CRET", "not found: /repos/org/***"),
         ("http://h/c?token=S3", "GET /c?token=S3 failed", "GET /c?token=*** failed"),
         ("http://u:pw@h/c", "pwd is up: u:pw@h", "pwd is up: ***@h"),
+        ("s3://AKIA:ab/S3CRET+ef@bucket/x", "Key: S3CRET+ef@bucket/x", "Key: ***@bucket/x"),
         ("s3://postgres:postgres@b", "postgres", "postgres"),
         ("abfs://c@account/x", "abc@x", "abc@x"),
     ],
