@@ -21,10 +21,10 @@ from pipeline.logs import clear_bar, configure_logs, console
 from stages.extract.rows import find_files
 from stages.extract.settings import CacheSection
 from stages.extract.share import ALONE, Share
-from stages.whole_files import write_whole
+from stages.whole_files import write_json
 from storage import CacheError
 from storage.remote import is_remote
-from storage.text import plain
+from storage.text import plain, redact_values, remember_secrets
 
 if TYPE_CHECKING:
     from stages.train.export import Form
@@ -40,7 +40,10 @@ class _PathOrAddress(click.Path):
     """A path, or an address as it is written: a `Path` would make one slash of its two."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if is_remote(value) else super().convert(value, param, ctx)
+        if is_remote(value):
+            remember_secrets(value)
+            return value
+        return super().convert(value, param, ctx)
 
 
 def _with_config(command: Callable[..., None], *, default: Path = DEFAULT_CONFIG) -> Callable[..., None]:
@@ -249,9 +252,9 @@ def verify(
     finally:  # the report is of use also where the cache cannot be repaired
         fields = show.report_to_json(report, repaired)
         if report_file is not None:
-            write_whole(report_file, json.dumps(fields, indent=2) + "\n")
+            write_json(report_file, fields)
         if as_json:
-            click.echo(json.dumps(fields, indent=2))
+            click.echo(json.dumps(redact_values(fields), indent=2))
         else:
             show.verify_report(console, report)
     if repaired is not None and not as_json:
@@ -277,7 +280,7 @@ def inspect(config: Path | str, overrides: tuple[str, ...], as_json: bool) -> No
         return
     found = inspect_cache(section.path)
     if as_json:
-        click.echo(json.dumps(found.to_json(), indent=2))
+        click.echo(json.dumps(redact_values(found.to_json()), indent=2))
     else:
         show.cache(console, found)
 

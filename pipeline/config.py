@@ -17,7 +17,7 @@ from stages.extract.settings import CacheSection, DataSection, ExtractSection, T
 from stages.regenerate.settings import RegenerateSection
 from stages.section import Section
 from stages.train.settings import DraftSection, ObjectiveSection, TrainSection
-from storage.text import redact
+from storage.text import redact, remember_secrets
 
 REQUIRED = ("target", "data", "cache")
 
@@ -57,6 +57,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{file}: {error}; strings need quotes") from error
     for override in overrides:
         _apply_override(tables, override)
+    _remember(tables)
     return parse_config(tables, where=f"{file} with --set" if overrides else str(file))
 
 
@@ -68,6 +69,16 @@ def parse_config(tables: dict[str, Any], *, where: str) -> Config:
         problems = dict.fromkeys(_describe(problem) for problem in error.errors())
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems)) from error
     return _resolve_embedded(config)
+
+
+def _remember(value: Any) -> None:
+    """Hide the secrets of its addresses from here on. A string without a scheme has none."""
+    if isinstance(value, str):
+        if "://" in value:
+            remember_secrets(value)
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _remember(item)
 
 
 def _to_json(tables: dict[str, Any], *, where: str) -> str:
@@ -155,4 +166,5 @@ def _toml_value(value: Any) -> str:
         return "{ " + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + " }"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    return json.dumps(redact(str(value)), ensure_ascii=False)
+    text = str(value)
+    return json.dumps(redact(text) if "://" in text else text, ensure_ascii=False)  # a path is read back as it is

@@ -1,6 +1,5 @@
 """What `dspark evaluate` does: measure a draft, keep the numbers, print them."""
 
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +11,7 @@ from pipeline.stage_two import evaluate_draft, is_evaluation_of, open_reader, sa
 from stages.evaluate.calibration import read_calibration
 from stages.evaluate.evaluation import Evaluation, read_evaluation
 from stages.evaluate.records import EvaluationError
-from stages.whole_files import write_whole
+from stages.whole_files import write_json
 
 
 def measure_from_cache(config: Config, *, draft: Path | None, console: Console, may_reuse: bool = False) -> Evaluation:
@@ -53,7 +52,7 @@ def measure_by_decoding(config: Config, *, draft: Path | None, estimate: Evaluat
     with show.progress_bar("decode") as progress:
         result = decode_draft(config, draft_dir=draft or config.train.run_dir / "draft", progress=progress)
     file = _place_of_numbers(config, draft) / "decoding.json"
-    write_whole(file, json.dumps(result.to_json(), indent=2) + "\n")
+    write_json(file, result.to_json())
     show_decoding.decoding(console, result, estimate=estimate, file=file)
 
 

@@ -118,7 +118,7 @@ def _retire(planned: PlannedShard) -> None:
     """Take back the record of a shard that is replaced, once the new copy is there and checked."""
     commit = planned.root / layout.commit_name(planned.shard)
     if os.path.lexists(commit):
-        commit.unlink()
+        remove_tree(commit, strict=True)  # whatever lies there
         sync_directory(commit.parent)
 
 

@@ -24,6 +24,8 @@ from storage.errors import (
 from storage.faults import fault_point
 from storage.temps import temp_path
 
+HASH_BYTES = 1 << 24  # read at a time
+
 Bytes = bytes | npt.NDArray[np.uint8]
 
 
@@ -47,8 +49,8 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise CacheWriteError(
-            f"{where}: cannot write: {error.strerror}; see to the disk and run the same command again, committed "
-            "shards are kept"
+            f"{where}: cannot write: {error.strerror}; see to the disk and run the same command again, what "
+            "was finished is kept"
         ) from error
 
 
@@ -61,7 +63,7 @@ def space_errors(where: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CacheSpaceError(
                 f"{where}: cannot write: {error.strerror}; free some space and run the same command again, "
-                "committed shards are kept"
+                "what was finished is kept"
             ) from error
         raise
 
@@ -185,12 +187,15 @@ def _read_to_end(file: BinaryIO, size: int) -> bytes:
     return b"".join(pieces)
 
 
-def hash_inside(root: Path, name: str, *, piece_bytes: int = 1 << 24) -> tuple[int, str]:
-    """(size, crc32c) of a file of any size."""
+def hash_inside(root: Path, name: str, *, num_bytes: int | None = None) -> tuple[int, str]:
+    """(size, crc32c) of a file of any size; one that has not ``num_bytes`` is a CacheCorruptError before it is read."""
     size = crc = 0
     with os.fdopen(open_inside(root, name), "rb", buffering=0) as file:
+        found = os.fstat(file.fileno()).st_size
+        if num_bytes is not None and found != num_bytes:
+            raise CacheCorruptError(f"{root / name}: has {found} bytes, expected {num_bytes}")
         try:
-            while piece := file.read(piece_bytes):
+            while size < found and (piece := file.read(min(HASH_BYTES, found - size))):  # no more, should it grow
                 size += len(piece)
                 crc = extend_crc32c(crc, piece)
         except OSError as error:

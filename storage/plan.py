@@ -135,7 +135,9 @@ def check_recorded(root: Path, name: str, manifest: Manifest) -> None:
     """Hold a file of the plan, of any size, against the manifest without keeping its bytes."""
     record = manifest.files[name]
     try:
-        num_bytes, crc32c = hash_inside(root, name)
+        num_bytes, crc32c = hash_inside(root, name, num_bytes=record.num_bytes)
+    except CacheCorruptError as error:
+        raise CacheCorruptError(f"{error}; the file is damaged; {PLAN_REMEDY}") from error
     except FileNotFoundError as error:
         raise CacheCorruptError(f"{root / name}: is named in {layout.MANIFEST}, but is gone; {PLAN_REMEDY}") from error
     if (num_bytes, crc32c) != (record.num_bytes, record.crc32c):

@@ -24,7 +24,7 @@ from storage.errors import (
     CacheUsageError,
 )
 from storage.files import disk_errors, sync_file
-from storage.text import HIDDEN, login_of, redact
+from storage.text import HIDDEN, redact, remember_secrets
 
 # Bytes of one request: long enough to hide its latency, short enough that four of them in flight take little memory.
 PIECE_BYTES = 16 << 20
@@ -46,6 +46,7 @@ class RemoteStore:
     """A directory at an address. Every method may raise CacheReadError; what is missing is a CacheNotFoundError."""
 
     def __init__(self, url: str) -> None:
+        remember_secrets(url)
         if not is_remote(url):
             raise CacheUsageError(
                 f"{redact(url)}: is no address; expected one such as s3://bucket/cache or file:///mnt/cache"
@@ -53,7 +54,6 @@ class RemoteStore:
         if f"://{HIDDEN}@" in url:
             raise CacheUsageError(f"{url}: its login was hidden when it was saved; give the address again, as by --set")
         self._address = url.rstrip("/")
-        self._login = login_of(url)
         self.url = redact(self._address)  # for messages
         self._pid = -1
         self._opened: tuple[Any, str] | None = None
@@ -64,28 +64,27 @@ class RemoteStore:
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
         """All bytes of a small file. Raises CacheFormatError where it is larger, or may be."""
-        size = self._attempt(name, lambda system, path: system.info(path)["size"])
-        if size is None:  # a web server that does not say
-            return self._read_stream(name, max_bytes)
-        if size > max_bytes:
+        size = self._find_size(name)
+        if size is not None and size > max_bytes:
             raise CacheFormatError(
                 f"{self.where(name)}: has {size} bytes, expected {max_bytes} at most; it is not read"
             )
-        return self._attempt(name, lambda system, path: bytes(system.cat_file(path)))
-
-    def _read_stream(self, name: str, max_bytes: int) -> bytes:
-        def read(system: Any, path: str) -> bytes:
-            with system.open(path, "rb") as stream:
-                return bytes(stream.read(max_bytes + 1))
-
-        data = self._attempt(name, read)
-        if len(data) > max_bytes:
+        if size == 0:
+            return b""
+        data = self._attempt(name, lambda system, path: _read_range(system, path, 0, max_bytes + 1))
+        if len(data) > max_bytes:  # the size is what a server says
             raise CacheFormatError(f"{self.where(name)}: has more than {max_bytes} bytes; it is not read")
         return data
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
-        return self._attempt(name, lambda system, path: int(system.info(path)["size"] or 0))
+        """Bytes of a file, as the store says; 0 where it does not. Raises CacheCorruptError for no regular file."""
+        return self._find_size(name) or 0
+
+    def _find_size(self, name: str) -> int | None:
+        info = self._attempt(name, lambda system, path: system.info(path))
+        if self._is_local and info["type"] != "file":
+            raise CacheCorruptError(f"{self.where(name)}: is not a regular file")
+        return None if info["size"] is None else int(info["size"])
 
     def exists(self, name: str) -> bool:
         """Whether a file is there."""
@@ -94,6 +93,10 @@ class RemoteStore:
         except CacheNotFoundError:
             return False
         return True
+
+    @property
+    def _is_local(self) -> bool:
+        return self._address.startswith(("file://", "local://"))
 
     @property
     def may_not_list(self) -> bool:
@@ -117,9 +120,11 @@ class RemoteStore:
 
             def fetch_piece(start: int) -> None:
                 stop = min(start + PIECE_BYTES, num_bytes)
-                data = self._attempt(name, lambda system, source: system.cat_file(source, start=start, end=stop))
+                data = self._attempt(name, lambda system, source: _read_range(system, source, start, stop))
                 if len(data) != stop - start:
-                    raise CacheReadError(f"{self.where(name)}: gave {len(data)} bytes from {start} to {stop}")
+                    raise CacheReadError(
+                        f"{self.where(name)}: gave {_count(data, stop - start)} bytes from {start} to {stop}"
+                    )
                 while data:
                     written = os.pwrite(file.fileno(), data, start)
                     start, data = start + written, data[written:]
@@ -131,6 +136,7 @@ class RemoteStore:
 
     def put(self, path: Path, name: str) -> None:
         """Upload a file and compare the size of what arrived."""
+        self._check_place(name)
         self._attempt(name, lambda system, target: system.put_file(str(path), target))
         expected, found = path.stat().st_size, self.size(name)
         if found != expected:
@@ -138,7 +144,14 @@ class RemoteStore:
 
     def write(self, name: str, data: bytes) -> None:
         """Upload a small file."""
+        self._check_place(name)
         self._attempt(name, lambda system, target: system.pipe_file(target, data))
+
+    def _check_place(self, name: str) -> None:
+        """Refuse to write into a pipe or a device. Raises CacheCorruptError."""
+        if self._is_local:
+            with contextlib.suppress(CacheNotFoundError):
+                self.size(name)
 
     def remove(self, name: str) -> None:
         """Delete a file, which may be gone already."""
@@ -157,27 +170,46 @@ class RemoteStore:
             except FileNotFoundError as error:
                 raise CacheNotFoundError(f"{where}: not found; check the address") from error
             except (PermissionError, ImportError, ValueError) as error:  # which no second attempt would change
-                raise CacheReadError(f"{where}: {self._describe(error)}; check address and access") from error
+                raise CacheReadError(f"{where}: {_describe(error)}; check address and access") from error
             except Exception as error:  # each file system has errors of its own, which need not be an OSError
                 if pause is None:
                     raise CacheReadError(
-                        f"{where}: {self._describe(error)}; after {NUM_ATTEMPTS} attempts. Check that the "
+                        f"{where}: {_describe(error)}; after {NUM_ATTEMPTS} attempts. Check that the "
                         "store can be reached, and run the same command again: it goes on from where it was"
                     ) from error
                 logger.info("%s: %s, trying again", where, type(error).__name__)
                 time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
-    def _describe(self, error: Exception) -> str:
-        text = f"{type(error).__name__}: {error}"
-        return redact(text.replace(self._login, HIDDEN) if self._login else text)
-
     def _connect(self) -> tuple[Any, str]:
         """This process' file system, which remembers no listings, and the path of the directory in it."""
         if self._opened is None or self._pid != os.getpid():
             options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-            if self._address.startswith(("file://", "local://")):
+            if self._is_local:
                 options["auto_mkdir"] = True
             self._opened = fsspec.core.url_to_fs(self._address, **options)
             self._pid = os.getpid()
         return self._opened
+
+
+def _read_range(system: Any, path: str, start: int, stop: int) -> bytes:
+    """Bytes of a file from ``start`` to ``stop``; of a web server, which may send without end, at most one more."""
+    if "http" not in system.protocol:  # a request or a file that ends
+        return bytes(system.cat_file(path, start=start, end=stop))
+    asked = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{stop - 1}"}
+    headers = {**system.kwargs.get("headers", {}), **asked}
+    pieces, missing = [], stop - start + 1
+    # Neither size is used: 0 is for a stream, and with a size none is asked for.
+    with system.open(path, "rb", block_size=0, size=1, headers=headers) as stream:
+        while missing > 0 and (piece := stream.read(missing)):
+            pieces.append(piece)
+            missing -= len(piece)
+    return b"".join(pieces)
+
+
+def _count(data: bytes, expected: int) -> str:
+    return f"more than {expected}" if len(data) > expected else str(len(data))
+
+
+def _describe(error: Exception) -> str:
+    return redact(f"{type(error).__name__}: {error}")

@@ -26,10 +26,17 @@ from pathlib import Path
 
 from storage import layout
 from storage.commit import CommitRecord, PlannedShard
-from storage.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, CacheReadError, CacheSpaceError
+from storage.errors import (
+    CacheCorruptError,
+    CacheFormatError,
+    CacheNotFoundError,
+    CacheReadError,
+    CacheSpaceError,
+    CacheUsageError,
+)
 from storage.faults import fault_point
 from storage.fetch import fetch_commit, fetch_manifest, fetch_recorded, fetch_shard, list_store_commits, shard_bytes
-from storage.files import check_folders, sync_directory, write_atomic
+from storage.files import check_folders, disk_errors, read_inside, sync_directory, write_atomic
 from storage.locks import exclusive, lock, locked_shard, open_lock, unlock
 from storage.manifest import Manifest
 from storage.plan import PLAN_REMEDY, CachePlan
@@ -43,6 +50,7 @@ DEFAULT_STAGING_BYTES = 32_000_000_000
 # How long a read waits while nobody takes or lets go of a shard: trainings do so in seconds to minutes (assumption).
 SPACE_WAIT_SECONDS = 600.0
 POLL_SECONDS = 0.05
+MAX_CHARGE_BYTES = 20  # digits of any 64-bit number
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +110,7 @@ class StagedCache:
         self._leases: Counter[int] = Counter()  # of this object: what it must not evict where there are no locks
         self._leases_lock = threading.RLock()  # a lease may be collected, and end, anywhere
         for directory in self._directories:
-            directory.mkdir(parents=True, exist_ok=True)
+            _make_folder(directory)
         check_folders(root)
         remove_stale_temps(self._directories)
         self.plan = self._stage_plan(manifest, data)
@@ -286,19 +294,30 @@ class StagedCache:
         """Every shard in the folder that takes space, or whose space is promised to a process that fetches it."""
         for path in self._folder.glob(layout.staging_charge_pattern()):
             place = layout.parse_staging_charge(path.relative_to(self._folder).as_posix())
+            if place is None:
+                continue
             try:
-                if place is not None:
-                    yield _Unit(
-                        key=place[0], shard=place[1], num_bytes=int(path.read_text()), used_ns=path.stat().st_mtime_ns
-                    )
+                num_bytes, used_ns = _read_charge(path), path.stat().st_mtime_ns
             except FileNotFoundError:
                 continue  # its fetch has failed meanwhile
+            yield _Unit(key=place[0], shard=place[1], num_bytes=num_bytes, used_ns=used_ns)
 
     def _is_here(self, shard: int) -> bool:
         return (self.plan.path / layout.commit_name(shard)).exists() and self._charge(shard).exists()
 
     def _charge(self, shard: int) -> Path:
         return self._folder / layout.staging_charge_name(self._key, shard)
+
+
+def _read_charge(path: Path) -> int:
+    """Raises FileNotFoundError, CacheCorruptError."""
+    try:
+        text = read_inside(path.parent, path.name, max_bytes=MAX_CHARGE_BYTES)
+    except CacheFormatError:
+        text = b""
+    if not text.isdigit():
+        raise CacheCorruptError(f"{path}: is no number of bytes; remove it while no run reads from here")
+    return int(text)
 
 
 class _Patience:
@@ -321,11 +340,22 @@ class _Patience:
             raise error
 
 
+def _make_folder(path: Path) -> None:
+    with disk_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise CacheUsageError(
+                f"{path}: cannot be a folder of the staging: something else is there; remove it, or set cache.staging "
+                "to another folder"
+            ) from error
+
+
 def _remove_shard(root: Path, shard: int) -> None:
     """Remove a shard, record first. Called with its exclusive lock."""
     commit = root / layout.commit_name(shard)
-    if commit.exists():
-        commit.unlink()
+    if os.path.lexists(commit):
+        remove_tree(commit, strict=True)  # whatever lies there
         sync_directory(commit.parent)
         fault_point("staging.evicting")
     (root / layout.excluded_name(shard)).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """What holds for every test, and what several files begin with."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from pipeline.stage_one import settings_of
 from pipeline.stage_two import train_draft
 from stages.extract.run import extract
+from storage import text
 from tiny_target import make_config
 
 # Beside other tests on a busy machine an example takes as long as it takes; pytest-timeout ends what hangs.
@@ -18,6 +20,12 @@ settings.load_profile("tests")
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would everything that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _no_secrets_of_other_tests() -> Iterator[None]:
+    yield
+    text._remembered.clear()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -415,6 +416,12 @@ def test_a_wrong_throughput_table_is_refused(tmp_path: Path, text: str | None, m
     with pytest.raises(SettingError, match=re.escape(message)) as caught:
         read_throughput_table(file, least_tokens=2)
     assert str(file) in str(caught.value)
+
+
+def test_a_throughput_table_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "table.csv")
+    with pytest.raises(SettingError, match=r"table\.csv: is not a regular file"):
+        read_throughput_table(tmp_path / "table.csv", least_tokens=2)
 
 
 DIAGONAL = {"sample_batch_tokens": [8, 16, 32], "sample_steps_per_sec": [100.0, 95, 50.5], "max_batch_tokens": 64}

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 from pathlib import Path
 
 import click
@@ -11,10 +12,21 @@ from rich.console import Console
 from pipeline import cli, show
 from pipeline.config import load_config, to_toml
 from pipeline.logs import PlainConsole, PlainFormatter
+from pipeline.sweep.record import read_trial, write_trial
+from stages.whole_files import write_whole
 from storage import CacheReader, CacheReadError
 from storage.errors import CacheUsageError
 from storage.remote import RemoteStore
-from storage.text import format_bytes, format_duration, plain, printable, redact, without_login
+from storage.text import (
+    format_bytes,
+    format_duration,
+    plain,
+    printable,
+    redact,
+    redact_values,
+    remember_secrets,
+    without_login,
+)
 from storage_cache import LENGTHS, fill_cache, make_header, plan_cache
 
 
@@ -51,11 +63,79 @@ def test_bytes() -> None:
         ("http://host:8000/v1/models/a@b", "http://host:8000/v1/models/a@b"),
         ("mail a@b.c, then run x", "mail a@b.c, then run x"),
         ("/data/a=b?c", "/data/a=b?c"),
+        ("/data/x&max_tokens=5/run, /d/run#auth=2", "/data/x&max_tokens=5/run, /d/run#auth=2"),
+        ("file:///data/x&max_tokens=5/run", "file:///data/x&max_tokens=5/run"),
+        ("mysql://u:12345/SECRET@h/db", "mysql://***@h/db"),
+        ("zip://x::s3://AK:SECRET@b/z.zip", "zip://x::s3://***@b/z.zip"),
+        ("zip://a.json::https://h/z@1/z.zip", "zip://a.json::https://h/z@1/z.zip"),
+        ("mssql+pyodbc:///?odbc_connect=UID%3Du%3BPWD%3DSECRET", "mssql+pyodbc:///?odbc_connect=***"),
+        ("http://h/c?pass=a&sas=b&code=c", "http://h/c?pass=***&sas=***&code=***"),
+        ("<td>https://h/?token=abc</td>", "<td>https://h/?token=***</td>"),
     ],
 )
 def test_secrets_are_hidden(text: str, shown: str) -> None:
     assert redact(text) == shown
     assert redact(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("address", "repeated", "shown"),
+    [
+        ("mysql://u:12345/S3CRET@h/db", "denied: u:12345/S3CRET", "denied: ***"),
+        ("mysql://u:S3CR ET@h/db", "cannot parse 'mysql://u:S3CR ET@h/db'", "cannot parse 'mysql://***@h/db'"),
+        ('mysql://u:S3CRET"x@h/db', 'mysql://u:S3CRET"x@h/db', "mysql://***@h/db"),
+        ('mysql://u:S3CRET"x@h/db', r'{"storage": "mysql://u:S3CRET\"x@h/db"}', '{"storage": "mysql://***@h/db"}'),
+        ("mssql+pyodbc://u:S3CRET?y#z@h/db", "password S3CRET?y#z", "password ***"),
+        ("mysql://u:p@S3CRET@h/db", "p@S3CRET", "***"),
+        ("postgresql+psycopg2://u:p%40S3CRET@h/db", "p@S3CRET or p%40S3CRET", "*** or ***"),
+        ("mssql+pyodbc:///?odbc_connect=UID%3Du%3BPWD%3DS3CRET", "no driver: UID=u;PWD=S3CRET", "no driver: ***"),
+        ("zip://x::s3://AK:S3CRET@b/z.zip", "no bucket AK:S3CRET@b", "no bucket ***@b"),
+        ("github://org:S3CRET@repo/x", "not found: /repos/org/S3CRET", "not found: /repos/org/***"),
+        ("http://h/c?token=S3", "GET /c?token=S3 failed", "GET /c?token=*** failed"),
+        ("http://u:pw@h/c", "pwd is up: u:pw@h", "pwd is up: ***@h"),
+        ("s3://AKIA:ab/S3CRET+ef@bucket/x", "Key: S3CRET+ef@bucket/x", "Key: ***@bucket/x"),
+        ("s3://postgres:postgres@b", "postgres", "postgres"),
+        ("abfs://c@account/x", "abc@x", "abc@x"),
+    ],
+)
+def test_what_libraries_repeat_of_an_address_is_hidden(address: str, repeated: str, shown: str) -> None:
+    remember_secrets(address)
+    assert plain(repeated) == shown
+
+
+REASONS = [
+    'cannot read "s3://b/x?token=abc": gone',
+    "cannot load https://h/x?sig=ab\\cd of it",
+    "https://h/a?token=x\nnext line matters",
+    'got "https://h/?api_key=zz"',
+]
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_record_without_secrets_is_still_json(tmp_path: Path, reason: str) -> None:
+    write_trial(tmp_path, {"number": 1, "state": "failed", "reason": reason})
+    secret = re.compile(r"(token=|sig=|api_key=)[^\s\"]+")
+    assert read_trial(tmp_path) == {
+        "format_version": 1, "number": 1, "state": "failed", "reason": secret.sub(r"\1***", reason),
+    }  # fmt: skip
+
+
+def test_text_is_written_as_it_is(tmp_path: Path) -> None:
+    write_whole(tmp_path / "x", "a?token=b\n")
+    assert (tmp_path / "x").read_text() == "a?token=b\n"
+    assert redact_values({"a": ["s3://k:v@b", 1, None]}) == {"a": ["s3://***@b", 1, None]}
+
+
+def test_a_password_is_hidden_nowhere_in_a_local_path(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    run_dir = "/data/project12/x&max_tokens=5/run#auth=2"
+    file.write_text(
+        f'[target]\nmodel = "t"\n[data]\nfiles = ["a.jsonl"]\n[cache]\npath = "/c"\n[train]\nrun_dir = "{run_dir}"\n'
+        '[sweep]\nstorage = "mysql://u:project12@h/db"\n[sweep.parameters]\n"train.seed" = [0, 1]\n'
+    )
+    text = to_toml(load_config(file))
+    assert f'run_dir = "{run_dir}"' in text
+    assert 'storage = "mysql://***@h/db"' in text
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """Nothing sound is given up: pulls, staged copies, repairs, and writers among links."""
 
+import contextlib
 import errno
+import http.server
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,20 @@ import pytest
 
 from pipeline.report.page import write_page
 from stages.errors import SettingError
-from storage import CacheCorruptError, CacheReader, CacheReadError, CacheWriter, pull_cache, repair_cache, verify_cache
-from storage.errors import CacheWriteError
+from storage import (
+    CacheCorruptError,
+    CacheError,
+    CachePlan,
+    CacheReader,
+    CacheReadError,
+    CacheWriter,
+    pull_cache,
+    push_cache,
+    repair_cache,
+    verify_cache,
+)
+from storage.errors import CacheUsageError, CacheWriteError
+from storage.plan import check_recorded
 from storage_cache import LENGTHS, check_samples, files_of, fill_cache, make_cache, make_header, plan_cache
 
 HIDDEN = "shards/00001.zarr/hidden_states/c/0/0/0"
@@ -206,9 +222,6 @@ def test_repair_says_removed_of_what_is_gone_alone(cache: Path, monkeypatch: pyt
 
 
 def test_a_web_server_that_lists_nothing(cache: Path, tmp_path: Path) -> None:
-    import http.server
-    import threading
-
     class Unlisted(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments, directory=str(cache))
@@ -265,3 +278,104 @@ def test_of_a_damaged_plan_a_copy_is_asked_for(cache: Path, name: str) -> None:
 
     with pytest.raises(CacheCorruptError, match=rf"{name}: .*put it back from a copy of the cache, or make the cache"):
         read()
+
+
+class Endless(http.server.SimpleHTTPRequestHandler):
+    """Says what size each file has, and sends one of them without end, or one byte more than asked."""
+
+    folder: Path
+    name: str
+    num_sent = 0
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments, directory=str(self.folder))
+
+    def do_GET(self) -> None:
+        if not self.path.endswith(self.name):
+            super().do_GET()
+            return
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while type(self).num_sent < 1 << 28:
+                self.wfile.write(bytes(1 << 16))
+                type(self).num_sent += 1 << 16
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "commits/00001.json", "index.parquet", HIDDEN])
+def test_a_web_server_that_never_ends_is_cut_short(cache: Path, tmp_path: Path, name: str) -> None:
+    handler = type("Handler", (Endless,), {"folder": cache, "name": name})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(CacheError, match=rf"{name}: (has|gave) more than \d+ bytes"):
+            pull_cache(url, tmp_path / "pulled")
+        server.shutdown()
+    assert handler.num_sent < 1 << 27, "far from all that it would send"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["manifest.json", "commits/00001.json", "index.parquet", HIDDEN])
+def test_a_local_address_has_regular_files_only(cache: Path, tmp_path: Path, name: str, kind: str) -> None:
+    whole = tmp_path / "whole"
+    shutil.copytree(cache, whole)
+    (cache / name).unlink()
+    os.mkfifo(cache / name) if kind == "pipe" else (cache / name).symlink_to("/dev/zero")
+    with pytest.raises(CacheCorruptError, match=f"{name}: is not a regular file"):
+        pull_cache(f"file://{cache}", tmp_path / "pulled")
+    refusal = pytest.raises(CacheCorruptError, match=f"{name}: is not a regular file")
+    with refusal if name in ("manifest.json", HIDDEN) else contextlib.nullcontext():  # a record is removed first
+        push_cache(whole, f"file://{cache}")
+
+
+def test_what_has_grown_is_not_read(cache: Path, tmp_path: Path) -> None:
+    for name in ("target/config.json", "samples/00001.parquet"):
+        num_bytes = (cache / name).stat().st_size
+        os.truncate(cache / name, 15 << 40)  # to read it would take hours
+        with pytest.raises(CacheCorruptError, match=rf"{name}: has {15 << 40} bytes, expected {num_bytes}; the file"):
+            push_cache(cache, f"file://{tmp_path / 'there'}")
+        with pytest.raises(CacheCorruptError, match=rf"{name}: has {15 << 40} bytes, expected {num_bytes}; the file"):
+            check_recorded(cache, name, CachePlan.read(cache).manifest)
+        os.truncate(cache / name, num_bytes)
+
+
+def read_staged(cache: Path, folder: Path, *, bound: int | None = None) -> None:
+    with CacheReader(f"file://{cache}", staging=folder, staging_bytes=bound) as reader:
+        check_samples(reader, LENGTHS)
+
+
+@pytest.mark.parametrize("suffix", ["", ".shards"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "file"])
+def test_what_lies_in_the_way_of_the_staging_is_said(cache: Path, tmp_path: Path, suffix: str, kind: str) -> None:
+    read_staged(cache, tmp_path / "s")
+    key = next(path.name for path in (tmp_path / "s").iterdir() if path.is_dir() and not path.suffix)
+    place = tmp_path / "s" / f"{key}{suffix}"
+    shutil.rmtree(place)
+    {"pipe": os.mkfifo, "link": lambda path: path.symlink_to("/nonexistent/x"), "file": Path.touch}[kind](place)
+    with pytest.raises(CacheUsageError, match=rf"{place}: cannot be a folder .* set cache\.staging to another folder"):
+        read_staged(cache, tmp_path / "s")
+
+
+@pytest.mark.parametrize("is_evicted", [False, True])
+def test_a_folder_in_place_of_a_staged_record_is_replaced(cache: Path, tmp_path: Path, is_evicted: bool) -> None:
+    read_staged(cache, tmp_path / "s")
+    record = next((tmp_path / "s").glob("*/commits/00000.json"))
+    record.unlink()
+    record.mkdir()
+    (record / "x").touch()
+    read_staged(cache, tmp_path / "s", bound=30_000 if is_evicted else None)
+    read_staged(cache, tmp_path / "s")
+    assert record.is_file()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "empty", "negative"])
+def test_a_charge_that_is_no_number_is_said(cache: Path, tmp_path: Path, kind: str) -> None:
+    read_staged(cache, tmp_path / "s")
+    charge = next((tmp_path / "s").glob("*.shards/00000.bytes"))
+    charge.unlink()
+    {"pipe": os.mkfifo, "empty": Path.touch, "negative": lambda path: path.write_text("-5")}[kind](charge)
+    next((tmp_path / "s").glob("*/commits/00001.json")).unlink()  # is fetched again, which counts space
+    with pytest.raises(CacheCorruptError, match=r"00000\.bytes: is (no number of bytes|not a regular file)"):
+        read_staged(cache, tmp_path / "s")

@@ -1,7 +1,9 @@
 """What a training refuses, and what it leaves as it was then."""
 
+import errno
 import fcntl
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,38 @@ def test_what_lies_in_the_way_is_said(cached: Path, tmp_path: Path, name: str) -
         place.touch()
     with pytest.raises(CheckpointError, match=rf"{place.name}: (expected a folder|cannot be the folder|cannot write)"):
         train_draft(config)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(cached: Path, tmp_path: Path) -> None:
+    config = make_config(cached, train__run_dir=tmp_path / "run", train__max_steps=2)
+    config.train.run_dir.mkdir()
+    (config.train.run_dir / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(CheckpointError, match=r"run/\.lock: cannot be opened to lock it: Too many levels of symbolic"):
+        train_draft(config)
+    assert not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EMFILE, "cannot be opened to lock it: Too many open files; see to the disk and to limits"),
+        (errno.EACCES, "cannot write: Permission denied; see to the disk and run the same command again, what was fin"),
+        (errno.EROFS, "cannot write: Read-only file system; see to the disk"),
+    ],
+)
+def test_a_lock_that_cannot_be_opened_says_why(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
+) -> None:
+    real = os.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith("/.lock"):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CheckpointError, match=rf"run/\.lock: {message}"):
+        train_draft(make_config(cached, train__run_dir=tmp_path / "run", train__max_steps=2))
 
 
 @pytest.mark.parametrize(

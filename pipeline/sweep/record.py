@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from stages.bounded_files import read_text_bounded
-from stages.whole_files import write_whole
+from stages.whole_files import write_json
 
 RECORD_FILE = "trial.json"
 FORMAT_VERSION: Final = 1
@@ -19,8 +19,7 @@ def write_trial(run_dir: Path, fields: dict[str, Any]) -> None:
     reason, step     why and behind which step it was pruned, or why it failed
     origin           `describe_origin`'s
     """
-    text = json.dumps({"format_version": FORMAT_VERSION, **fields}, indent=2) + "\n"
-    write_whole(run_dir / RECORD_FILE, text)
+    write_json(run_dir / RECORD_FILE, {"format_version": FORMAT_VERSION, **fields})
 
 
 def read_trial(run_dir: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from stages.errors import StageError
 from stages.whole_files import write_whole
 from storage.files import crc32c_hex
 from storage.sealed import Record, canonical_json, describe
+from storage.text import redact_values
 
 MAX_BYTES = 1 << 28  # an evaluation lists its samples: some three million
 
@@ -25,7 +26,7 @@ class EvaluationError(StageError, ValueError):
 
 def render_record(record: Record) -> bytes:
     """What its file holds: the record's fields, and `crc32c`, which is that of their compact JSON, keys sorted."""
-    fields = record.model_dump(mode="json")
+    fields = redact_values(record.model_dump(mode="json"))
     return (json.dumps({**fields, "crc32c": crc32c_hex(canonical_json(fields))}, indent=2) + "\n").encode("ascii")
 
 

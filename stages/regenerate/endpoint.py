@@ -28,7 +28,7 @@ from stages.regenerate.render import NO_ROOM, PromptRenderer, RenderError, plan_
 from stages.regenerate.settings import RegenerateSection
 from stages.regenerate.work import Work
 from stages.regeneration_record import RegenerationError
-from storage.text import HIDDEN, redact, without_login
+from storage.text import HIDDEN, redact, remember_secrets, without_login
 
 GRACE_SECONDS = 10.0  # how long a stopped run waits for answers that are on their way; batch systems give 30
 POLL_SECONDS = 0.2
@@ -272,6 +272,7 @@ class _FailureWatch:
 
 def open_client(url: str, *, section: RegenerateSection) -> AsyncOpenAI:
     """A client with key and proxies of the environment. Raises SettingError for what is no address, key or proxy."""
+    remember_secrets(url)
     if not _is_address(url, schemes=("http", "https")):
         raise SettingError(f"--endpoint: expected an address such as http://host:8000/v1, got {without_login(url)!r}")
     _check_proxies(getproxies())

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -44,8 +43,8 @@ from stages.train.validation import Validate
 from stages.train.warm_start import digest_draft, load_initial_weights
 from stages.whole_files import write_whole
 from storage import CacheReader
-from storage.errors import CacheReadError
-from storage.locks import lock
+from storage.errors import CacheError
+from storage.locks import lock, open_lock, unlock
 
 # Settings that may differ between a run and its resume: they change no weight, or only in how a sum is rounded, as
 # another device or another number of ranks does.
@@ -337,22 +336,26 @@ def _exclusive(run_dir: Path) -> Iterator[None]:
     """Keep a second training out of the run's folder. Raises CheckpointError while another process holds it."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise CheckpointError(
             f"{run_dir}: cannot be the folder of a run: {error.strerror}; set train.run_dir to a new folder"
         ) from error
+    descriptor = _take_lock(run_dir)
     try:
-        _take_lock(descriptor, run_dir)
         yield
     finally:
-        os.close(descriptor)
+        unlock(descriptor)
 
 
-def _take_lock(descriptor: int, run_dir: Path) -> None:
+def _take_lock(run_dir: Path) -> int:
+    """The locked file, to be unlocked."""
+    path = run_dir / ".lock"
     try:
-        got = lock(descriptor, run_dir / ".lock")
-    except CacheReadError as error:
+        descriptor = open_lock(path)
+        got = lock(descriptor, path)
+    except CacheError as error:
         raise CheckpointError(str(error)) from error
     if got == "busy":
+        unlock(descriptor)
         raise CheckpointError(f"another process is training in {run_dir}; set train.run_dir to a new folder")
+    return descriptor
