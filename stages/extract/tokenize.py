@@ -10,7 +10,7 @@ from stages.extract.align import AlignedText, Aligner
 from stages.extract.conversations import Chat, Text, Tokens
 from stages.extract.marks import NoMarksError
 from stages.extract.rows import BadRowError, DataError
-from stages.extract.shown import check_answer, check_tool_messages
+from stages.extract.shown import check_all_shown, check_answer
 from stages.extract.tools_and_thinking import show_to_template
 from stages.extract.turns import RenderedChat, Span, TurnFinder, spans_of_markers
 
@@ -86,15 +86,15 @@ class SampleTokenizer:
                 "name a Jinja file in data.chat_template"
             ) from error
         chat = RenderedChat(rendered)
-        check_tool_messages(chat.messages, chat.text)
         if (0, len(chat.text)) in chat.generated:
             raise BadRowError("loss mask all one: the template marks the whole chat as generated")
         spans = spans_of_markers(chat, turns) if rendered.marks_generation else self._finder.find(chat, turns)
         tokens = self._mask(chat, spans)
         last_question = max((i for i, message in enumerate(chat.messages) if message["role"] == "user"), default=-1)
-        for index in turns:
-            (start, _), *_, (_, end) = [spans[index][0], spans[index][-1]]
+        whole = {index: (spans[index][0][0], spans[index][-1][1]) for index in turns}
+        for index, (start, end) in whole.items():
             check_answer(chat.messages, index, chat.text[start:end], is_past=index < last_question)
+        check_all_shown(chat, whole)
         return tokens
 
     def _render(self, row: Chat) -> str:

@@ -26,6 +26,19 @@ class RenderedChat:
         self._reading = self._marks.settle(self._render_marked, text=self.text)
         self._renders: dict[tuple[int, bool], str] = {}
 
+    def render(self, messages: list[Message]) -> str:
+        """Other messages in the row's place."""
+        return self._row.render(messages)
+
+    def free_mark(self, number: int) -> str:
+        """A character that the chat does not have. Raises NoMarksError where there are not so many."""
+        return self._marks.free_character(number)
+
+    @property
+    def free_marks(self) -> re.Pattern[str]:
+        """One of the characters that the chat does not have, as a group."""
+        return self._marks.pattern
+
     @property
     def generated(self) -> list[Span]:
         """Spans of the `{% generation %}` blocks, in their order."""
