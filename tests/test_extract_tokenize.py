@@ -192,7 +192,7 @@ def test_the_token_that_closes_the_whole_chat_is_not_part_of_the_answer() -> Non
     row = chat(("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two"))
     both = SampleTokenizer(tokenizer, supervise="all", eos_token_ids=frozenset({0, 2}))
     assert spans(tokenizer, both(row)) == ["one<|im_end|>", "two<|im_end|>"]
-    with pytest.raises(BadRowError, match="ends in the text of an end-of-turn token"):
+    with pytest.raises(BadRowError, match="holds the text of an end-of-turn token"):
         both(chat(("user", "q"), ("assistant", "one<|im_end|>")))
 
 

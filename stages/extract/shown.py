@@ -143,6 +143,20 @@ def _describe(messages: list[dict[str, Any]], part: Said) -> str:
     return f"chat template does not show all that message {part.index} (role {role}) says"
 
 
+def check_no_end(messages: list[dict[str, Any]], turns: list[int], *, eos_texts: list[str]) -> None:
+    """Raises BadRowError for a supervised turn that has the text of an end-of-turn token: the target stops there."""
+    for index in turns:
+        message = messages[index]
+        fields = [message[field] for field in _REASONING_FIELDS if isinstance(message.get(field), str)]
+        calls = json.dumps(message.get("tool_calls") or [], ensure_ascii=False)
+        found = next(
+            (eos for eos in eos_texts if eos and any(eos in text for text in (message["content"], *fields, calls))),
+            None,
+        )
+        if found:
+            raise BadRowError(f"an answer holds the text of an end-of-turn token, {found} (message {index})")
+
+
 def check_answer(messages: list[dict[str, Any]], index: int, shown: str, *, is_past: bool) -> None:
     """Raises BadRowError where `shown`, the text of turn `index`, lacks something that the turn says.
 

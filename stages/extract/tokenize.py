@@ -10,7 +10,7 @@ from stages.extract.align import AlignedText, Aligner
 from stages.extract.conversations import Chat, Text, Tokens
 from stages.extract.marks import NoMarksError
 from stages.extract.rows import BadRowError, DataError
-from stages.extract.shown import check_all_shown, check_answer
+from stages.extract.shown import check_all_shown, check_answer, check_no_end
 from stages.extract.tools_and_thinking import show_to_template
 from stages.extract.turns import RenderedChat, Span, TurnFinder, spans_of_markers
 
@@ -32,10 +32,9 @@ class SampleTokenizer:
             raise DataError("the target's tokenizer has no fast version, so loss masks cannot be aligned; provide one")
         self._template = ChatTemplate(tokenizer)
         self._align = Aligner(tokenizer)
-        self._finder = TurnFinder(
-            eos_texts=tuple(tokenizer.decode([token]) for token in sorted(self._eos_token_ids)),
-            added_tokens=[added.content for added in tokenizer.added_tokens_decoder.values()],
-        )
+        self._eos_texts = tuple(tokenizer.decode([token]) for token in sorted(self._eos_token_ids))
+        self._added = [added.content for added in tokenizer.added_tokens_decoder.values()]
+        self._finder = TurnFinder(eos_texts=self._eos_texts, added_tokens=self._added)
 
     def __call__(self, row: Chat | Text | Tokens) -> Tokens:
         """`input_ids` [T] int32 and `loss_mask` [T] uint8. Raises BadRowError."""
@@ -86,9 +85,10 @@ class SampleTokenizer:
                 "name a Jinja file in data.chat_template"
             ) from error
         chat = RenderedChat(rendered)
+        check_no_end(chat.messages, turns, eos_texts=[eos for eos in self._eos_texts if eos in self._added])
         if (0, len(chat.text)) in chat.generated:
             raise BadRowError("loss mask all one: the template marks the whole chat as generated")
-        spans = spans_of_markers(chat, turns) if rendered.marks_generation else self._finder.find(chat, turns)
+        spans = self._find_spans(chat, turns, is_marked=rendered.marks_generation)
         tokens = self._mask(chat, spans)
         last_question = max((i for i, message in enumerate(chat.messages) if message["role"] == "user"), default=-1)
         whole = {index: (spans[index][0][0], spans[index][-1][1]) for index in turns}
@@ -96,6 +96,11 @@ class SampleTokenizer:
             check_answer(chat.messages, index, chat.text[start:end], is_past=index < last_question)
         check_all_shown(chat, whole)
         return tokens
+
+    def _find_spans(self, chat: RenderedChat, turns: list[int], *, is_marked: bool) -> dict[int, list[Span]]:
+        if is_marked:
+            return spans_of_markers(chat, turns, eos_texts=self._eos_texts)
+        return self._finder.find(chat, turns)
 
     def _render(self, row: Chat) -> str:
         rendered = self._template.open_row(row.messages, tools=row.tools)
@@ -120,10 +125,13 @@ class SampleTokenizer:
         mask = np.zeros(len(aligned.ids), dtype=np.uint8)
         counts = dict.fromkeys(spans, 0)
         for index, places in spans.items():
-            for span in places:
-                first, last = self._find_tokens(aligned, span)
+            found = [self._find_tokens(aligned, span) for span in places]
+            for first, last in found:
                 mask[first:last] = 1
-                counts[index] += last - first
+            ids = np.concatenate([aligned.ids[first:last] for first, last in found])
+            counts[index] = len(ids)
+            if np.isin(ids[:-1], list(self._eos_token_ids)).any():
+                raise BadRowError(f"an end-of-turn token in the midst of an assistant turn (message {index})")
         if not mask.any():
             raise BadRowError("loss mask all zero: no assistant token found")
         if mask.all():
