@@ -107,7 +107,8 @@ def _locate_marked(chat: RenderedChat, said: list[Said]) -> list[list[int]] | No
 
 def _check_numbers(chat: RenderedChat) -> None:
     """Numbers and truth values among arguments must be shown: another value in their place changes the chat."""
-    messages, marks = list(chat.messages), {}
+    messages = list(chat.messages)
+    marks: dict[str, int] = {}
     for index, message in enumerate(chat.messages):
         for path, value in _leaves(message.get("tool_calls") or [], ("tool_calls",)):
             if "arguments" in path and isinstance(value, int | float):

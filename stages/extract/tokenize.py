@@ -59,6 +59,12 @@ class SampleTokenizer:
         """The text between the tokenizer's own special tokens, where it does not have them already."""
         ids = [int(token) for token in self._tokenizer(row.text, add_special_tokens=False)["input_ids"]]
         prefix, suffix = self._special_tokens
+        bare = row.text.strip()
+        stripped = ids if bare == row.text else list(self._tokenizer(bare, add_special_tokens=False)["input_ids"])
+        if all(token in (*prefix, *suffix) for token in stripped):
+            raise BadRowError("text of nothing but special tokens and white space")
+        if prefix and ids[:1] != prefix[:1] == stripped[:1]:
+            raise BadRowError("text with white space before the special token that begins it; remove the white space")
         begins, ends = ids[:1] == prefix[:1], ids[-1:] == suffix[-1:]
         whole = np.asarray([*prefix * (not begins), *ids, *suffix * (not ends)], dtype=np.int32)
         return Tokens(input_ids=whole, loss_mask=np.ones(len(whole), dtype=np.uint8))
@@ -126,9 +132,9 @@ class SampleTokenizer:
         counts = dict.fromkeys(spans, 0)
         for index, places in spans.items():
             found = [self._find_tokens(aligned, span) for span in places]
-            for first, last in found:
-                mask[first:last] = 1
-            ids = np.concatenate([aligned.ids[first:last] for first, last in found])
+            tokens = np.unique(np.concatenate([np.arange(first, last) for first, last in found]))
+            mask[tokens] = 1
+            ids = aligned.ids[tokens]
             counts[index] = len(ids)
             if np.isin(ids[:-1], list(self._eos_token_ids)).any():
                 raise BadRowError(f"an end-of-turn token in the midst of an assistant turn (message {index})")
