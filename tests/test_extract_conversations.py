@@ -210,3 +210,14 @@ def test_turns_that_a_row_leaves_out_of_the_loss(no: dict[str, Any]) -> None:
 
 def test_the_weight_of_a_question_means_nothing() -> None:
     assert parse([{**QUESTION, "weight": 0, "train": True}, ANSWER]).unsupervised == frozenset()
+
+
+@pytest.mark.parametrize("no", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"masked": True}])
+@pytest.mark.parametrize(
+    "content", [{"messages": [QUESTION, ANSWER]}, {"text": "a"}, {"input_ids": [1], "loss_mask": [1]}]
+)
+def test_a_row_that_leaves_all_of_itself_out_of_the_loss(content: dict[str, Any], no: dict[str, Any]) -> None:
+    with pytest.raises(BadRowError, match="leaves all of it out of the loss"):
+        parse_row({**content, **no})
+    for yes in ({"weight": 0.3}, {"weight": 1}, {"train": True}, {"loss": 0.0}, {"masked": False}, {"weight": None}):
+        assert parse_row({**content, **yes}) is not None

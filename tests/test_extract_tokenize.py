@@ -192,7 +192,7 @@ def test_the_token_that_closes_the_whole_chat_is_not_part_of_the_answer() -> Non
     row = chat(("user", "q"), ("assistant", "one"), ("user", "r"), ("assistant", "two"))
     both = SampleTokenizer(tokenizer, supervise="all", eos_token_ids=frozenset({0, 2}))
     assert spans(tokenizer, both(row)) == ["one<|im_end|>", "two<|im_end|>"]
-    with pytest.raises(BadRowError, match="ends in the text of an end-of-turn token"):
+    with pytest.raises(BadRowError, match="holds the text of an end-of-turn token"):
         both(chat(("user", "q"), ("assistant", "one<|im_end|>")))
 
 
@@ -220,14 +220,14 @@ def test_a_header_that_differs_from_the_generation_prompt_is_refused() -> None:
 def test_tool_results_must_be_rendered() -> None:
     silent = WITHOUT_MARKERS.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
     row = chat(("user", "w"), ("assistant", "x"), ("tool", "forty two"), ("assistant", "z"))
-    with pytest.raises(BadRowError, match="tool results that the chat template does not render"):
+    with pytest.raises(BadRowError, match=r"does not show all that message 2 \(role tool\) says"):
         tokenize(make_tokenizer(silent), row)
     tokenizer = make_tokenizer(WITHOUT_MARKERS)
     assert spans(tokenizer, tokenize(tokenizer, row)) == ["x<|im_end|>", "z<|im_end|>"]
 
 
 def test_tool_calls_must_be_rendered() -> None:
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look_up", "arguments": "{}"}}]}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look_up", "arguments": {}}}]}
     row = Chat(messages=[{"role": "user", "content": "q"}, call])
     with pytest.raises(BadRowError, match="tool calls that the chat template does not render"):
         tokenize(make_tokenizer(), row)

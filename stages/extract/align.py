@@ -51,15 +51,16 @@ class AlignedText:
             raise BadRowError(f"the tokenizer merges text of a turn and of what stands beside it ({merged!r})")
         return False
 
-    def crossed(self, spans: list[Span]) -> list[int]:
-        """Edges of spans inside a token that holds more than white space of what stands beside the span."""
+    def crossed(self, spans: list[Span], *, added: frozenset[int]) -> list[int]:
+        """Edges of spans inside a token, but not ends where one of the `added` tokens swallows white space after it."""
         places = []
         for start, end in spans:
             first = int(np.searchsorted(self.ends, start, side="right"))
             last = int(np.searchsorted(self.starts, end, side="left")) - 1
-            if first < len(self.starts) and self.text[self.starts[first] : start].strip():
+            if first < len(self.starts) and self.starts[first] < start:
                 places.append(start)
-            if last >= 0 and self.text[end : self.ends[last]].strip():
+            rest = self.text[end : self.ends[last]] if last >= 0 else ""
+            if rest.strip() or (rest and int(self.ids[last]) not in added):
                 places.append(end)
         return places
 
@@ -70,6 +71,7 @@ class Aligner:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = _without_trimming(tokenizer)
         added = sorted(tokenizer.added_tokens_decoder.items())
+        self._added = frozenset(tokenizer.added_tokens_decoder)
         self._separators = [
             (token_id, token.content)
             for token_id, token in added
@@ -79,12 +81,12 @@ class Aligner:
     def __call__(self, text: str, *, spans: list[Span]) -> AlignedText:
         """The text's tokens, of which none holds text of a span and of what stands beside it, if that can be had.
 
-        White space beside a span may be merged with it: the tokens are those of the whole text. Else the text is cut
-        there, as it is when a target is asked: it gets its prompt as tokens and goes on with tokens of its own.
+        Where the whole text has such a token, also one of white space alone, the text is cut there, as it is when a
+        target is asked: it gets its prompt as tokens and goes on with tokens of its own.
         Raises BadRowError where the tokens' places are not in order.
         """
         whole = self._encode(text)
-        crossed = whole.crossed(spans)
+        crossed = whole.crossed(spans, added=self._added)
         if crossed and self._separators:
             cut = self._encode_in_parts(text, crossed)
             if self._adds_nothing(cut):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.extract.messages import is_blank, is_supervised, parse_message, parse_text
+from stages.extract.messages import LOSS_FIELDS, is_blank, is_supervised, parse_message, parse_text
 from stages.extract.rows import BadRowError
 from stages.extract.tool_calls import parse_tools
 
@@ -48,6 +48,8 @@ class Tokens:
 
 def parse_row(value: dict[str, Any]) -> Chat | Text | Tokens:
     """The first of `input_ids`, `messages`, `conversations`, `text` that the row has. Raises BadRowError."""
+    if any(_leaves_out(value.get(key), key) for key in LOSS_FIELDS):
+        raise BadRowError("the row itself leaves all of it out of the loss")
     if "input_ids" in value:
         return _parse_tokens(value)
     if (chat := parse_chat(value)) is not None:
@@ -62,6 +64,13 @@ def parse_row(value: dict[str, Any]) -> Chat | Text | Tokens:
             raise BadRowError("text: expected a non-empty string")
         return Text(text=parse_text(value["text"]))
     raise BadRowError("no column messages, conversations, text or input_ids")
+
+
+def _leaves_out(value: Any, key: str) -> bool:
+    """Whether a row's own column says that nothing of it is trained; numbers mean that in `weight` alone."""
+    if key == "weight" and isinstance(value, int | float):
+        return value == 0
+    return isinstance(value, bool) and value is not LOSS_FIELDS[key]
 
 
 def parse_chat(value: dict[str, Any]) -> Chat | None:

@@ -59,7 +59,7 @@ class Marks:
         if self._base + NUM_GENERATION_MARKS + len(messages) > LAST_MARK:
             raise NoMarksError("the chat has characters or messages that leave no room to mark the turns")
         self._plain = messages
-        self._pattern = re.compile(f"[{chr(self._base)}-{chr(LAST_MARK)}]")
+        self.pattern = re.compile(f"([{chr(self._base)}-{chr(LAST_MARK)}])")
         self.generation_marks = (chr(self._base), chr(self._base + 1))
         self.chosen = [next(self._candidates(index), None) for index in range(len(messages))]
 
@@ -95,6 +95,12 @@ class Marks:
         pairs = zip(self._plain, self.chosen, strict=True)
         return [message if mark is None else mark.message for message, mark in pairs]
 
+    def free_character(self, number: int) -> str:
+        """One of the characters that the chat does not have. Raises NoMarksError where there are not so many."""
+        if self._base + number > LAST_MARK:
+            raise NoMarksError("the chat has characters or texts that leave no room to mark them")
+        return chr(self._base + number)
+
     def character(self, index: int) -> str:
         return chr(self._base + NUM_GENERATION_MARKS + index)
 
@@ -102,7 +108,7 @@ class Marks:
         """None where a generation block has lost one of its ends."""
         pieces, after, generated, opened = [], {}, [], []
         done, length = 0, 0
-        for found in self._pattern.finditer(rendered):
+        for found in self.pattern.finditer(rendered):
             pieces.append(rendered[done : found.start()])
             length += found.start() - done
             done = found.end()

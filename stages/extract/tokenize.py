@@ -10,7 +10,7 @@ from stages.extract.align import AlignedText, Aligner
 from stages.extract.conversations import Chat, Text, Tokens
 from stages.extract.marks import NoMarksError
 from stages.extract.rows import BadRowError, DataError
-from stages.extract.shown import check_answer, check_tool_messages
+from stages.extract.shown import check_all_shown, check_answer, check_no_end
 from stages.extract.tools_and_thinking import show_to_template
 from stages.extract.turns import RenderedChat, Span, TurnFinder, spans_of_markers
 
@@ -32,10 +32,9 @@ class SampleTokenizer:
             raise DataError("the target's tokenizer has no fast version, so loss masks cannot be aligned; provide one")
         self._template = ChatTemplate(tokenizer)
         self._align = Aligner(tokenizer)
-        self._finder = TurnFinder(
-            eos_texts=tuple(tokenizer.decode([token]) for token in sorted(self._eos_token_ids)),
-            added_tokens=[added.content for added in tokenizer.added_tokens_decoder.values()],
-        )
+        self._eos_texts = tuple(tokenizer.decode([token]) for token in sorted(self._eos_token_ids))
+        self._added = [added.content for added in tokenizer.added_tokens_decoder.values()]
+        self._finder = TurnFinder(eos_texts=self._eos_texts, added_tokens=self._added)
 
     def __call__(self, row: Chat | Text | Tokens) -> Tokens:
         """`input_ids` [T] int32 and `loss_mask` [T] uint8. Raises BadRowError."""
@@ -60,6 +59,12 @@ class SampleTokenizer:
         """The text between the tokenizer's own special tokens, where it does not have them already."""
         ids = [int(token) for token in self._tokenizer(row.text, add_special_tokens=False)["input_ids"]]
         prefix, suffix = self._special_tokens
+        bare = row.text.strip()
+        stripped = ids if bare == row.text else list(self._tokenizer(bare, add_special_tokens=False)["input_ids"])
+        if all(token in (*prefix, *suffix) for token in stripped):
+            raise BadRowError("text of nothing but special tokens and white space")
+        if prefix and ids[:1] != prefix[:1] == stripped[:1]:
+            raise BadRowError("text with white space before the special token that begins it; remove the white space")
         begins, ends = ids[:1] == prefix[:1], ids[-1:] == suffix[-1:]
         whole = np.asarray([*prefix * (not begins), *ids, *suffix * (not ends)], dtype=np.int32)
         return Tokens(input_ids=whole, loss_mask=np.ones(len(whole), dtype=np.uint8))
@@ -86,16 +91,22 @@ class SampleTokenizer:
                 "name a Jinja file in data.chat_template"
             ) from error
         chat = RenderedChat(rendered)
-        check_tool_messages(chat.messages, chat.text)
+        check_no_end(chat.messages, turns, eos_texts=[eos for eos in self._eos_texts if eos in self._added])
         if (0, len(chat.text)) in chat.generated:
             raise BadRowError("loss mask all one: the template marks the whole chat as generated")
-        spans = spans_of_markers(chat, turns) if rendered.marks_generation else self._finder.find(chat, turns)
+        spans = self._find_spans(chat, turns, is_marked=rendered.marks_generation)
         tokens = self._mask(chat, spans)
         last_question = max((i for i, message in enumerate(chat.messages) if message["role"] == "user"), default=-1)
-        for index in turns:
-            (start, _), *_, (_, end) = [spans[index][0], spans[index][-1]]
+        whole = {index: (spans[index][0][0], spans[index][-1][1]) for index in turns}
+        for index, (start, end) in whole.items():
             check_answer(chat.messages, index, chat.text[start:end], is_past=index < last_question)
+        check_all_shown(chat, whole)
         return tokens
+
+    def _find_spans(self, chat: RenderedChat, turns: list[int], *, is_marked: bool) -> dict[int, list[Span]]:
+        if is_marked:
+            return spans_of_markers(chat, turns, eos_texts=self._eos_texts)
+        return self._finder.find(chat, turns)
 
     def _render(self, row: Chat) -> str:
         rendered = self._template.open_row(row.messages, tools=row.tools)
@@ -120,10 +131,13 @@ class SampleTokenizer:
         mask = np.zeros(len(aligned.ids), dtype=np.uint8)
         counts = dict.fromkeys(spans, 0)
         for index, places in spans.items():
-            for span in places:
-                first, last = self._find_tokens(aligned, span)
-                mask[first:last] = 1
-                counts[index] += last - first
+            found = [self._find_tokens(aligned, span) for span in places]
+            tokens = np.unique(np.concatenate([np.arange(first, last) for first, last in found]))
+            mask[tokens] = 1
+            ids = aligned.ids[tokens]
+            counts[index] = len(ids)
+            if np.isin(ids[:-1], list(self._eos_token_ids)).any():
+                raise BadRowError(f"an end-of-turn token in the midst of an assistant turn (message {index})")
         if not mask.any():
             raise BadRowError("loss mask all zero: no assistant token found")
         if mask.all():

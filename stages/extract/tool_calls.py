@@ -1,9 +1,12 @@
 """Tools and tool calls of a row in the form that servers give to chat templates: objects, nothing still encoded."""
 
+import math
 from typing import Any
 
 from stages.extract.rows import BadRowError, parse_json
 
+ARGUMENT_NAMES = ("arguments", "parameters", "args", "input")
+"""What data sets call the arguments of a call; templates read the first."""
 EMPTY = ("", "null", "[]")
 
 
@@ -49,9 +52,20 @@ def _parse_objects(raw: Any, *, what: str) -> list[dict[str, Any]]:
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    arguments = function_of(call).get("arguments")
-    is_empty = arguments is None or (isinstance(arguments, str) and not arguments.strip())
-    return with_function(call, arguments={}) if is_empty else call
+    """The call with its arguments under that name, within its function. Raises BadRowError where two names differ."""
+    holders = [function_of(call), call]
+    given = [holder[name] for name in ARGUMENT_NAMES for holder in holders if not _is_empty(holder.get(name))]
+    if any(other != given[0] for other in given[1:]):
+        raise BadRowError(f"a tool call with two sets of arguments ({', '.join(ARGUMENT_NAMES)})")
+    function = {key: value for key, value in function_of(call).items() if key not in ARGUMENT_NAMES[1:]}
+    function["arguments"] = given[0] if given else {}
+    if function_of(call) is call:
+        return function
+    return {key: value for key, value in call.items() if key not in ARGUMENT_NAMES} | {"function": function}
+
+
+def _is_empty(arguments: Any) -> bool:
+    return arguments is None or (isinstance(arguments, str) and not arguments.strip())
 
 
 def _parse_part(item: dict[str, Any], *, part: str) -> dict[str, Any]:
@@ -63,6 +77,8 @@ def _parse_part(item: dict[str, Any], *, part: str) -> dict[str, Any]:
     decoded = _decode(value, what=what)
     if not isinstance(decoded, dict):
         raise BadRowError(f"{what}: expected a JSON object, got {type(decoded).__name__}")
+    if not _is_finite(decoded):
+        raise BadRowError(f"{what}: NaN and Infinity are not JSON")
     return item if decoded is value else with_function(item, **{part: decoded})
 
 
@@ -75,6 +91,13 @@ def _decode(value: Any, *, what: str) -> Any:
         raise BadRowError(f"{what}: {error}") from error
     except ValueError as error:
         raise BadRowError(f"{what}: expected JSON, got a text that is none") from error
+
+
+def _is_finite(value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, items))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _refuse_constant(name: str) -> Any:

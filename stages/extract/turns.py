@@ -26,6 +26,19 @@ class RenderedChat:
         self._reading = self._marks.settle(self._render_marked, text=self.text)
         self._renders: dict[tuple[int, bool], str] = {}
 
+    def render(self, messages: list[Message]) -> str:
+        """Other messages in the row's place."""
+        return self._row.render(messages)
+
+    def free_mark(self, number: int) -> str:
+        """A character that the chat does not have. Raises NoMarksError where there are not so many."""
+        return self._marks.free_character(number)
+
+    @property
+    def free_marks(self) -> re.Pattern[str]:
+        """One of the characters that the chat does not have, as a group."""
+        return self._marks.pattern
+
     @property
     def generated(self) -> list[Span]:
         """Spans of the `{% generation %}` blocks, in their order."""
@@ -97,7 +110,10 @@ class RenderedChat:
     def question_prompt(self) -> str:
         """What the template writes to ask for an answer to a first question, for example `<|im_start|>assistant\\n`."""
         question = [{"role": "user", "content": "a"}]
-        opened, closed = self._row.render(question, ask=True), self._row.render(question)
+        try:
+            opened, closed = self._row.render(question, ask=True), self._row.render(question)
+        except ValueError:  # a template may want more than a question
+            return ""
         return opened[common_prefix(opened, closed) :]
 
     def _render_marked(self, messages: list[Message]) -> str:
@@ -184,9 +200,6 @@ class TurnFinder:
 
     def _find_end(self, chat: RenderedChat, index: int, start: int) -> int:
         """Where the turn ends: after the first end-of-turn token that follows what it says."""
-        content = chat.messages[index]["content"].rstrip()
-        if content.endswith(self._eos_texts):
-            raise BadRowError("an answer ends in the text of an end-of-turn token")
         low = max(start, chat.content_end(index) or 0)
         bound = self._find_next(chat, index, low)
         ends = [(place, eos) for eos in self._eos_texts if (place := chat.text.find(eos, low, bound)) >= 0]
@@ -226,8 +239,8 @@ class TurnFinder:
         )
 
 
-def spans_of_markers(chat: RenderedChat, turns: list[int]) -> dict[int, list[Span]]:
-    """The `{% generation %}` blocks of each turn. Raises BadRowError."""
+def spans_of_markers(chat: RenderedChat, turns: list[int], *, eos_texts: tuple[str, ...]) -> dict[int, list[Span]]:
+    """The `{% generation %}` blocks of each turn: after its header, up to its end-of-turn token. Raises BadRowError."""
     indexes = range(len(chat.messages))
     shown = sorted((place, index) for index in indexes if (place := chat.after(index)) is not None)
     spans: dict[int, list[Span]] = {index: [] for index in turns}
@@ -240,7 +253,37 @@ def spans_of_markers(chat: RenderedChat, turns: list[int]) -> dict[int, list[Spa
             f"loss mask all zero: no assistant token found in message {empty[0]}, for which the chat template has no "
             "generation block"
         )
-    return spans
+    return {index: _cut_blocks(chat, index, found, eos_texts=eos_texts) for index, found in spans.items()}
+
+
+def _cut_blocks(chat: RenderedChat, index: int, blocks: list[Span], *, eos_texts: tuple[str, ...]) -> list[Span]:
+    """The blocks of a turn without its header, and without what follows the token that ends it."""
+    (first, end), *others = blocks
+    cut = [(_find_header_end(chat, index, (first, end)), end), *others]
+    low = max(cut[0][0], chat.content_end(index) or 0)
+    for number, (start, end) in enumerate(cut):
+        places = ((chat.text.find(eos, max(low, start), end), eos) for eos in eos_texts)
+        if found := [(place, -len(eos)) for place, eos in places if place >= 0]:
+            place, length = min(found)
+            return [*cut[:number], (start, place - length)]
+    return cut
+
+
+def _find_header_end(chat: RenderedChat, index: int, block: Span) -> int:
+    """Where the block goes on after what asks for the turn; its beginning where it does not hold that."""
+    start, end = block
+    content = chat.content_start(index)
+    head = chat.text[start : end if content is None else max(start, min(content, end))]
+    prompt = chat.question_prompt().lstrip() if head.strip() else ""
+    if not prompt:
+        return start
+    for header in (prompt, prompt.split("<think>")[0]):  # this turn may not show the thinking that the prompt opens
+        place = head.find(header) if header.strip() else -1
+        if place >= 0 and (content is not None or not head[:place].strip()):
+            return start + place + len(header)
+    if head.lstrip().startswith(prompt.splitlines()[0]):
+        raise BadRowError(f"chat template: a generation block holds a header that asks for no turn (message {index})")
+    return start
 
 
 def _find_turn(chat: RenderedChat, span: Span, shown: list[tuple[int, int]]) -> int:
