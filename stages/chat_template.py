@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from jinja2 import Template, nodes
@@ -21,6 +22,8 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
 
 if sys.platform.startswith("linux"):
@@ -29,13 +32,17 @@ if sys.platform.startswith("linux"):
 MAX_STEPS = 10_000_000  # calls, filters and rounds of loops for one row: a second or two
 MAX_SECONDS = 10.0  # of processor time for one row
 STEPS_A_PAIR, SECONDS_A_PAIR = 100, 1e-5  # more for each two messages: a chat of thousands is rendered for each turn
-MAX_CHARACTERS = 2**24  # of a text, items of a list; or ROW_FACTOR times the row, if that is more
+MAX_CHARACTERS = 2**24  # of a text, or of what a list holds; or ROW_FACTOR times the row, if that is more
 ROW_FACTOR = 16
+ITEM_CHARACTERS = 32  # that an item of a list stands for, whatever it is
+MAX_NESTING = 256  # lists in each other; rows have 100 at most
 MAX_INTEGER_BITS = 4096
 MAX_BYTES = 2**30  # that a rendering may add to the process, where the system can hold it to that
 STEPS_A_LOOK = 256  # between two looks at the clock
 
 _GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS = (list, tuple, dict, MappingProxyType, *_VIEWS)
 _WHAT_TEMPLATES_SEE = "{{ [messages, tools] | tojson }}"
 
 
@@ -52,16 +59,20 @@ class _LimitError(RuntimeError):
 
 
 class _Budget:
-    """What is left to the row at work. No limit holds before the first row."""
+    """What is left to the row at work: `row` are its messages and tools, all its text of so many characters."""
 
-    def __init__(self, *, num_messages: int = 0, row_characters: int = 0) -> None:
-        pairs = num_messages**2
+    def __init__(self, row: tuple[Any, Any] = ((), None), *, row_characters: int = 0) -> None:
+        pairs = len(row[0]) ** 2
         self.steps = MAX_STEPS + STEPS_A_PAIR * pairs
         self.seconds = MAX_SECONDS + SECONDS_A_PAIR * pairs
-        self.max_size = max(MAX_CHARACTERS, ROW_FACTOR * row_characters)
+        self.max_size = sys.maxsize
         self.address_space = _read_address_space() + MAX_BYTES
         self._start = time.thread_time()
         self._next_look = self.steps - STEPS_A_LOOK
+        self._row = row  # kept, so that its parts are what their ids say
+        self._known: dict[int, int] = {}
+        weight = self._weigh(row, self._known, depth=0)
+        self.max_size = max(MAX_CHARACTERS, ROW_FACTOR * row_characters, 2 * weight)
 
     def spend(self, steps: int) -> None:
         self.steps -= steps
@@ -73,13 +84,48 @@ class _Budget:
     def take(self, value: Any) -> Any:
         """The value, if it is no larger than a row's may be."""
         kind = type(value)
-        size = len(value) if kind is str or kind is list or kind is dict or kind is tuple else 0
+        size = len(value) if kind is str else 0
         if size > self.max_size:
-            raise _LimitError(f"makes a text or a list of more than {self.max_size:,}")
+            raise _LimitError(f"makes a text of more than {self.max_size:,} characters")
         if kind is int and value.bit_length() > MAX_INTEGER_BITS:
             raise _LimitError("makes a number of too many digits")
         self.spend(1 + (size >> 8))
+        if isinstance(value, _CONTAINERS):
+            self._weigh(value, {}, depth=0)
         return value
+
+    def take_arguments(self, values: tuple[Any, ...]) -> None:
+        """Look at what a call has for its macro, which sees all of them as one list."""
+        if sum(isinstance(value, _CONTAINERS) for value in values) > 1:
+            self.take(values)
+
+    def _weigh(self, value: Any, seen: dict[int, int], *, depth: int) -> int:
+        """Characters of all that a list holds, a part that it holds twice counted twice: as long takes who walks it."""
+        if (known := seen.get(id(value)) or self._known.get(id(value))) is not None:
+            return known
+        mapping = value.mapping if isinstance(value, _VIEWS) else value
+        is_mapping = isinstance(mapping, dict | MappingProxyType)
+        parts = (*mapping.keys(), *mapping.values()) if is_mapping else mapping
+        size = ITEM_CHARACTERS * (1 + len(parts))
+        self.spend(1 + len(parts) // 4)
+        for part in parts:
+            if isinstance(part, str):
+                size += len(part)
+            elif isinstance(part, _CONTAINERS):
+                size += self._weigh(part, seen, depth=depth + 1)
+            if size > self.max_size:
+                break
+        if size > self.max_size or depth > MAX_NESTING:
+            raise _LimitError(f"makes a list that holds more than {self.max_size:,} characters, or too deep a one")
+        seen[id(value)] = size
+        return size
+
+
+class _Names(Namespace):
+    """What `namespace` makes, without its content when it is printed."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
 
 
 def _size(value: Any) -> int:
@@ -103,9 +149,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         self.globals.update(model.globals)
         self.globals.pop("lipsum", None)  # random text, as much as is asked for
+        self.globals["namespace"] = _Names
         self.filters = {name: self._bound(call) for name, call in model.filters.items()}
         self.filters |= {
             "_rounds": self._rounds,
+            "_taken": self._taken,
             "_joined": self._joined,
             "sum": self._sum_numbers(model.filters["sum"]),
         }
@@ -113,17 +161,18 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.concat = self._joined  # type: ignore[method-assign]
 
     def compile_bounded(self, source: str) -> Template:
-        """The template, whose loops are counted and whose `~` looks at what it makes."""
-        tree = self.parse(source)
+        """The template, whose loops are counted and whose `~` and lists are looked at as they are made."""
+        tree = _Literals(self).visit(self.parse(source))
         for loop in tree.find_all(nodes.For):
-            loop.iter = self._filter(loop.iter, "_rounds")
+            loop.iter = self.apply(loop.iter, "_rounds")
         for concat in list(tree.find_all(nodes.Concat)):
-            concat.nodes = [self._filter(nodes.List(concat.nodes, lineno=concat.lineno), "_joined")]
+            concat.nodes = [self.apply(nodes.List(concat.nodes, lineno=concat.lineno), "_joined")]
         template = self.from_string(tree)
         template.globals = dict(template.globals)  # jinja copies it for each rendering, a chain of maps slowly
         return template
 
-    def _filter(self, node: Any, name: str) -> nodes.Filter:
+    def apply(self, node: Any, name: str) -> nodes.Filter:
+        """A node of the tree with a filter on it."""
         return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=self)
 
     def _bound(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,6 +198,9 @@ class _Environment(ImmutableSandboxedEnvironment):
             self.budget.spend(1)
             yield item
 
+    def _taken(self, value: Any) -> Any:
+        return self.budget.take(value)
+
     def _joined(self, parts: Iterable[Any]) -> str:
         texts = [part if type(part) is str else str(part) for part in parts]
         if sum(map(len, texts)) > self.budget.max_size:
@@ -158,6 +210,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         # As in jinja: a template may name an argument `self`.
         __self.budget.spend(1 + (_size(getattr(__obj, "__self__", None)) >> 8))
+        if args or kwargs:
+            __self.budget.take_arguments((*args, *kwargs.values()))
         return __self.budget.take(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -176,6 +230,21 @@ class _Environment(ImmutableSandboxedEnvironment):
         for times, value in ((left, right), (right, left)):
             if isinstance(times, int) and _size(value) * times > self.budget.max_size:
                 raise _LimitError(f"makes a text or a list of more than {self.budget.max_size:,}")
+
+
+class _Literals(NodeTransformer):
+    """Lists, tuples and dicts that a template writes, with a look at what they hold; constants alone need none."""
+
+    def __init__(self, environment: _Environment) -> None:
+        self._environment = environment
+
+    def visit_List(self, node: nodes.Node) -> nodes.Node:  # noqa: N802
+        node = self.generic_visit(node)
+        is_target = getattr(node, "ctx", "load") != "load"
+        is_constant = all(isinstance(part, nodes.Const) for part in node.iter_child_nodes())
+        return node if is_target or is_constant else self._environment.apply(node, "_taken")
+
+    visit_Tuple = visit_Dict = visit_List  # noqa: N815
 
 
 class _GenerationBlock(Extension):
@@ -221,7 +290,7 @@ class ChatTemplate:
         if source not in self._marks_generation:
             self._marks_generation[source] = _GENERATION_MARKER.search(source) is not None
         seen, shown_messages, shown_tools = self._prepare(messages, tools)
-        self._environment.budget = _Budget(num_messages=len(messages), row_characters=len(seen))
+        self._environment.budget = _Budget((shown_messages, shown_tools), row_characters=len(seen))
         return ChatRow(
             messages=shown_messages,
             seen=seen,

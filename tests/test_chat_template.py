@@ -80,6 +80,47 @@ HUGE = {
 }
 
 
+GROW = "{% set n = namespace(a=(1,), b=(1,)) %}{% for i in range(60) %}"
+NESTED = {  # lists of sixty parts, each twice in the next: 2 ** 60 for who walks them
+    "equal": GROW + "{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",
+    "contained": GROW + "{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a in [n.b] }}",
+    "printed": GROW + "{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
+    "as JSON": GROW + "{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a | tojson }}",
+    "pretty": GROW + "{% set n.a = {'a': n.a, 'b': n.a} %}{% endfor %}{{ n.a | pprint }}",
+    "a key": GROW + "{% set n.a = (n.a, n.a) %}{% endfor %}{{ {n.a: 1} }}",
+    "keys": GROW + "{% set n.a = ({(n.a, n.a): 1}.keys() | list)[0] %}{% endfor %}{{ n.a }}",
+    "calls": GROW + "{% set n.a = dict(a=n.a, b=n.a) %}{% endfor %}{{ n.a | string }}",
+    "sums": GROW + "{% set n.a = [n.a + n.a] %}{% endfor %}{{ n.a }}",
+    "views": GROW + "{% set n.a = dict(a=n.a).items() %}{% set n.a = dict(a=n.a, b=n.a) %}{% endfor %}{{ n.a }}",
+    "arguments": "{% macro f(m) %}{% set m.a = varargs %}{% endmacro %}"
+    + GROW
+    + "{{ f(n, n.a, n.a) }}{% endfor %}{{ n.a }}",
+    "batches": GROW + "{% set n.a = [n.a, n.a] | batch(2) | list %}{% endfor %}{{ n.a }}",
+    "texts": "{% set n = namespace(a=['a' * 1000000]) %}{% for i in range(9) %}{% set n.a = [n.a, n.a] %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_what_is_large_only_to_who_walks_it_is_a_bad_row(name: str) -> None:
+    assert_bad_row(NESTED[name], seconds=5)
+
+
+def test_a_namespace_is_printed_without_what_it_holds() -> None:
+    grow = "{% set t = namespace(a=n.a, b=n.a) %}{% set n.a = t %}"
+    source = "{% set n = namespace(a=1) %}{% for i in range(60) %}" + grow + "{% endfor %}{{ n.a }}"
+    row = ChatTemplate(byte_level(source)).open_row(MESSAGES, tools=None)
+    assert row.render(row.messages) == "<Namespace>"
+
+
+def test_lists_that_are_shared_a_little_are_rendered() -> None:
+    source = "{% set a = [messages, messages, (1, 2), {'a': messages[1:]}] %}{% set a = a + [a] %}{{ a[4] == a[:4] }}"
+    row = ChatTemplate(byte_level(source)).open_row(MESSAGES, tools=TOOLS)
+    assert row.render(row.messages) == "True"
+    many = [{"role": "user", "content": ""}] * 200_000
+    row = ChatTemplate(byte_level("{% set a = messages + [] %}{{ a | length }}")).open_row(many, tools=None)
+    assert row.render(row.messages) == "200000"
+
+
 def assert_bad_row(source: str, *, seconds: float) -> None:
     tokenizer = SampleTokenizer(byte_level(source), supervise="all", eos_token_ids=frozenset())
     before = resource.getrlimit(resource.RLIMIT_AS)
