@@ -33,6 +33,7 @@ def test_numbers_of_any_size_cost_no_page(tmp_path: Path) -> None:
     with (damaged / "config.toml").open("a") as file:
         file.write(f"huge = 0x{'f' * 6000}\n")
     numbers = json.loads((damaged / "evaluation.json").read_text())
+    del numbers["crc32c"]  # as earlier versions wrote it
     numbers["scheduling"]["outlook"]["concurrencies"][0]["num_requests"] = 10**400
     (damaged / "evaluation.json").write_text(json.dumps(numbers))
     result = report(tmp_path)
