@@ -41,7 +41,7 @@ MAX_BYTES = 2**30  # that a rendering may add to the process, where the system c
 STEPS_A_LOOK = 256  # between two looks at the clock
 
 _GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
 _CONTAINERS = (list, tuple, dict, MappingProxyType, *_VIEWS)
 _WHAT_TEMPLATES_SEE = "{{ [messages, tools] | tojson }}"
 

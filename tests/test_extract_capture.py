@@ -80,9 +80,17 @@ def test_a_model_without_blocks_and_norm_is_refused() -> None:
 def test_hooks_are_gone_after_an_error() -> None:
     model = make_model("Qwen3")
     capture = Capture(find_parts(model), layers=LAYERS, dtype=torch.float32)
-    with pytest.raises(IndexError):
+    with pytest.raises(TargetError, match="does not run on cpu: IndexError"):
         capture([np.array([999], dtype=np.int32)])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_target_that_does_not_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("Qwen3")
+    monkeypatch.setattr(model.model.layers[1].mlp, "down_proj", torch.nn.Linear(3, 3))
+    with pytest.raises(TargetError, match=r"does not run on cpu: RuntimeError: mat1 and mat2 shapes") as caught:
+        Capture(find_parts(model), layers=LAYERS, dtype=torch.float32)(make_ids([9]))
+    assert "\n" not in str(caught.value)
 
 
 def test_non_finite_states_are_found_with_their_first_layer() -> None:

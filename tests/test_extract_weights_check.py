@@ -82,6 +82,8 @@ def test_tensors_that_sound_models_carry_are_passed_over(tmp_path: Path) -> None
         "model.layers.4.mlp.up_proj.weight": torch.zeros(2, 2),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8),
         "visual.patch_embed.proj.weight": torch.zeros(2, 2),
+        "model.layers.0.self_attn.k_scale": torch.tensor(1.0),
+        "model.layers.0.self_attn.v_proj.v_scale": torch.tensor(1.0),
     }
     assert run.extract(settings_of(change_target(tmp_path, harmless))).num_computed_shards
 

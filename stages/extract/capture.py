@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from stages.extract.model_files import TargetError
+from stages.errors import StageError
+from stages.extract.model_files import TargetError, first_line
 from stages.extract.target import TargetParts
 
 TRIED_TOKENS = 8
@@ -79,7 +80,7 @@ class Capture:
     def launch(self, batch: PaddedBatch) -> CapturedBatch:
         """Run one batch. On CUDA it returns while the device still computes and copies; see `CapturedBatch.wait`.
 
-        Raises TargetError when the batch does not fit into the device's memory.
+        Raises TargetError when the batch does not fit into the device's memory, and when the target does not run.
         """
         num_tokens, hidden_size = sum(batch.num_tokens), self._parts.embed_tokens.weight.shape[1]
         hidden_NLD = torch.empty(num_tokens, len(self._layers), hidden_size, dtype=self._dtype, device=self._device)
@@ -96,6 +97,13 @@ class Capture:
             raise TargetError(
                 f"the device ran out of memory in a batch of {batch.input_ids.numel():,} tokens, padding included; "
                 "lower extract.max_batch_tokens (it decides which samples are batched, so plan the cache anew)"
+            ) from error
+        except StageError:
+            raise
+        except Exception as error:  # kernels that this device lacks, a config that the class trips over late
+            raise TargetError(
+                f"{type(self._parts.model).__name__} does not run on {self._device}: {type(error).__name__}: "
+                f"{first_line(error)}; see whether transformers runs this target, or take another device or dtype"
             ) from error
         return self._bring_home(hidden_NLD, last_ND, batch.num_tokens)
 

@@ -37,6 +37,8 @@ _OTHER_SENSES = re.compile(
 _LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.(\d+)\.")
 _OF_PREDICTION = re.compile(r"(eh_proj|enorm|hnorm|shared_head|nextn\w*|mtp\w*)(\.|$)")  # of several tokens
 
+_CACHE_SCALE = re.compile(r"\.(k|v|kv)_(scale|zero_point)$")  # of a server's cache of 8-bit keys and values
+
 logger = logging.getLogger(__name__)
 
 
@@ -58,11 +60,15 @@ def check_files(folder: Path, *, config: Any, model: Any) -> None:
         for name, entry in read_header(file)[1].items():
             tail = name.rsplit(".", 1)[-1]
             is_packed = entry["dtype"] not in FLOATS and tail.endswith("weight")
-            if _QUANTISED_TYPE.match(entry["dtype"]) or is_packed or (_SCALE.search(name) and tail not in tails):
+            if _QUANTISED_TYPE.match(entry["dtype"]) or is_packed or (_is_scale(name) and tail not in tails):
                 raise TargetError(
                     f"{file}: {name} ({entry['dtype']}) is a quantised weight or a scale of one, but config.json names "
                     f"no quantisation; {ADVICE}"
                 )
+
+
+def _is_scale(name: str) -> bool:
+    return _SCALE.search(name) is not None and _CACHE_SCALE.search(name) is None
 
 
 def find_quantisation(folder: Path, config: Any) -> str | None:
@@ -100,9 +106,13 @@ def check_loaded(report: dict[str, Any], *, model: Any, folder: Path) -> None:
         )
     method = find_quantisation(folder, model.config)
     if method is not None and read_field(model, "hf_quantizer") is None:
-        raise TargetError(f"{folder}: is quantised ({method}), and transformers did not apply it; {ADVICE}")
+        raise TargetError(
+            f"{folder}: is quantised ({method}), and transformers did not keep it as it is quantised: on this device, "
+            f"or as the config asks, it leaves it out or turns the weights into plain ones; {ADVICE}, or use a device "
+            "that it is made for"
+        )
     unused = sorted(str(name) for name in report.get("unexpected_keys", ()))
-    scales = [name for name in unused if _SCALE.search(name)]
+    scales = [name for name in unused if _is_scale(name)]
     if scales:
         raise TargetError(
             f"{folder}: {len(scales)} scales of quantised weights are not used, the first of them "
@@ -136,6 +146,8 @@ def find_unknown(unused: Iterable[str], *, model: Any) -> Iterable[str]:
         if num_layers is not None and int(layer[3]) >= num_layers and _OF_PREDICTION.match(name, layer.end())
     }
     for name in unused:
+        if _CACHE_SCALE.search(name):
+            continue
         is_beyond = name in layers and name[: layers[name].end()] in beyond
         is_head = bool(is_tied) and name.endswith(("lm_head.weight", "embed_out.weight", "output.weight"))
         if not (is_beyond or is_head or _OTHER_SENSES.search(name) or any(kind.search(name) for kind in _HARMLESS)):
