@@ -110,11 +110,14 @@ def name_files(data: DataSection) -> DataSection:
 def read_prompts(data: DataSection, *, section: RegenerateSection, bad: Counter[str] | None = None) -> Iterator[Prompt]:
     """Every conversation of the files, those of validation first, as in extraction; `data` names them one by one.
 
+    Of `files`, the first `data.max_samples` that can be answered.
+
     Rows without one are counted in `bad`, by reason, and so, as HELD_OUT, are those of `files` with a prompt of the
     files of validation.
     """
     bad = Counter() if bad is None else bad
     held_out: set[bytes] = set()
+    num_taken = 0
     for number, row in enumerate(read_rows((*data.validation_files, *data.files))):
         try:
             prompt = _parse_prompt(number, row, data=data, section=section)
@@ -127,6 +130,9 @@ def read_prompts(data: DataSection, *, section: RegenerateSection, bad: Counter[
             bad[HELD_OUT] += 1
             continue
         yield prompt
+        num_taken += row.file not in data.validation_files
+        if num_taken == data.max_samples:
+            return
 
 
 def _parse_prompt(number: int, row: Row, *, data: DataSection, section: RegenerateSection) -> Prompt:

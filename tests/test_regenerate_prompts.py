@@ -263,3 +263,16 @@ def test_the_digest_of_prompts_without_a_split_is_that_of_earlier_versions() -> 
     digest.add(replace(prompt, split="train"))
     line += b'[3, [{"content": "a", "role": "user"}, null], null, "train"]\n'
     assert digest.hexdigest() == hashlib.sha256(line).hexdigest()
+
+
+def test_the_first_usable_prompts_are_asked_for_and_held_out_files_whole(tmp_path: Path) -> None:
+    def rows(prefix: str, count: int) -> list[dict[str, Any]]:
+        return [{"messages": [{"role": "user", "content": f"{prefix}{index}"}]} for index in range(count)]
+
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "no chat"}, *rows("t", 6)])
+    write_jsonl(tmp_path / "held.jsonl", rows("h", 3))
+    data = DataSection(
+        files=(str(tmp_path / "train.jsonl"),), validation_files=(str(tmp_path / "held.jsonl"),), max_samples=2
+    )
+    asked = [prompt.messages[0] for prompt in read_prompts(name_files(data), section=RegenerateSection())]
+    assert [message["content"] for message in asked if message] == ["h0", "h1", "h2", "t0", "t1"]

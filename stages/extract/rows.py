@@ -144,7 +144,7 @@ def _read_jsonl(file: str) -> Iterator[Row]:
                 yield Row(file=file, row=index, value=None, error=str(error))
                 continue
             except ValueError as error:  # also invalid UTF-8, and numbers of thousands of digits
-                detail = getattr(error, "msg", None) or type(error).__name__
+                detail = (getattr(error, "msg", None) or type(error).__name__).removesuffix(" at")
                 yield Row(file=file, row=index, value=None, error=f"broken JSON: {detail}")
                 continue
             if isinstance(value, dict):
