@@ -420,7 +420,7 @@ def test_a_wrong_throughput_table_is_refused(tmp_path: Path, text: str | None, m
 
 def test_a_throughput_table_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "table.csv")
-    with pytest.raises(SettingError, match=r"table\.csv: is not a regular file"):
+    with pytest.raises(SettingError, match=r"table\.csv: cannot be read: is not a plain file"):
         read_throughput_table(tmp_path / "table.csv", least_tokens=2)
 
 
@@ -496,7 +496,7 @@ def test_a_wrong_cost_table_is_refused(tmp_path: Path, fields: object, message: 
 
 
 def test_a_folder_is_no_throughput_table(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=re.escape(f"{tmp_path}: cannot be read: Is a directory")):
+    with pytest.raises(SettingError, match=re.escape(f"{tmp_path}: cannot be read: is not a plain file")):
         read_throughput_table(tmp_path, least_tokens=2)
 
 
