@@ -264,7 +264,7 @@ def test_a_stopped_or_killed_rank_ends_the_job_and_the_command_line_continues_it
     text = log.read_text()
     assert [row["step"] for row in rows(config)] == list(range(1, 31))
     assert int(re.findall(r"continuing behind step (\d+) of 30", text)[0]) >= stopped
-    for once in ("[target]", "continuing behind step", "step     30/30", "validation  tau", "held-out acceptance"):
+    for once in ("continuing behind step", "step     30/30", "validation  tau", "held-out acceptance"):
         assert text.count(once) == 1, f"{once}: {text}"
     evaluation = json.loads((config.train.run_dir / "evaluation.json").read_text())
     assert evaluation["tau"] == pytest.approx(rows(config, "validation")[-1]["tau"], rel=1e-6)
