@@ -96,7 +96,7 @@ def test_a_training_that_cannot_fit_is_refused_before_it_starts(
     monkeypatch.setattr(training, "free_memory", lambda device: 20_000_000)
     train_draft(config)
     assert "memory on cpu: about " in caplog.text
-    assert "of 20.0 MB free (weights " in caplog.text
+    assert "of 20.00 MB free (weights " in caplog.text
     assert "lower train.max_batch_tokens or draft.num_anchors if it ends for memory" in caplog.text
     monkeypatch.setattr(training, "free_memory", lambda device: 0)
     assert train_draft(config).was_complete, "a complete run has nothing to fit"
