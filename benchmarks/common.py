@@ -2,6 +2,7 @@
 
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,12 @@ from pipeline.config import Config, load_config
 from storage import FORMAT_VERSION, CacheHeader, CacheIdentity, CachePlan, CacheWriter, PlannedSample
 
 ROOT = Path(__file__).parent.parent
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder on the checkout's disk that is removed at the end; what a kill leaves lies in `build/`, which git ignores."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    return tempfile.TemporaryDirectory(dir=ROOT / "build")
 
 
 def seconds(action: Callable[[], object]) -> float:

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import ROOT, core_seconds, embedded, ratio
+from common import core_seconds, embedded, ratio, scratch_folder
 
 from pipeline.inspection import inspect_cache
 from pipeline.stage_one import settings_of
@@ -30,7 +30,7 @@ ROUNDS = 7
 
 def main() -> None:
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+    with scratch_folder() as folder:
         base = embedded(Path(folder) / "bf16", "data.validation_fraction=0.0")
         torch.set_num_threads(2)
         extraction.extract(settings_of(base))

@@ -5,11 +5,10 @@ so that both see the same noise. Planning and loading, which a long run does onc
 """
 
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-from common import ROOT, embedded, ratio, seconds
+from common import embedded, ratio, scratch_folder, seconds
 
 from pipeline.config import Config
 from pipeline.stage_one import settings_of
@@ -25,7 +24,7 @@ ROUNDS = 3
 
 def main() -> None:
     for encoding in sys.argv[1:] or ENCODINGS:
-        with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        with scratch_folder() as folder:
             measure(embedded(Path(folder), f"cache.encoding='{encoding}'"), encoding)
 
 

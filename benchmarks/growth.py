@@ -8,11 +8,10 @@ import re
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, embedded
+from common import embedded, scratch_folder
 
 ROWS = 720
 
@@ -26,7 +25,7 @@ def main() -> None:
     rows = gzip.decompress(CONVERSATIONS_FILE.read_bytes()).decode().splitlines(keepends=True)[:ROWS]
     print("growth       tokens   plan us/token   shards us/token   peak memory MB")
     for times in (1, 4, 16):
-        with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        with scratch_folder() as folder:
             (Path(folder) / "rows.jsonl").write_text("".join(rows) * times)
             found = subprocess.run([sys.executable, __file__, folder], capture_output=True, text=True, check=True)
             print(f"  {times:3}x {found.stdout.strip()}", flush=True)

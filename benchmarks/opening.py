@@ -2,10 +2,9 @@
 the bytes."""
 
 import statistics
-import tempfile
 from pathlib import Path
 
-from common import ROOT, make_cache, make_cold, seconds
+from common import make_cache, make_cold, scratch_folder, seconds
 
 from storage import CacheReader
 
@@ -13,7 +12,7 @@ SAMPLES, SHARDS, TOKENS = 100_000, 1_000, 4
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+    with scratch_folder() as folder:
         for hidden in (8, 80):
             path = Path(folder) / str(hidden)
             make_cache(

@@ -8,14 +8,13 @@ Lossless: useful bytes a second of one thread's processor time, and decoded byte
 """
 
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import ROOT, make_cache, make_cold, ratio, seconds
+from common import make_cache, make_cold, ratio, scratch_folder, seconds
 
 from storage import CacheReader
 from storage.encodings import INNER_TOKENS
@@ -32,7 +31,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(600) - 0.32, 0.8, 1000).astype(int), 16, 4096)
     lengths = lengths[np.cumsum(lengths) <= TOKENS].tolist()
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+    with scratch_folder() as folder:
         for encoding in ("bf16", "bf16-lossless"):
             path = Path(folder) / encoding
             make_cache(path, lengths, hidden_size=HIDDEN, num_layers=LAYERS, encoding=encoding, shard_bytes=256_000_000)

@@ -11,12 +11,11 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from common import ROOT
+from common import ROOT, scratch_folder
 
 from pipeline.sweep.record import read_trial
 from stages.train.metrics import read_metrics
@@ -28,7 +27,7 @@ POLL_SECONDS = 2.0
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(dir=ROOT) as name:
+    with scratch_folder() as name:
         folder = Path(name)
         time_command(folder, "extract")
         alone = [time_command(folder, "train", "--no-evaluate", "--set", "train.run_dir='runs/before'")]

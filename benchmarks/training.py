@@ -9,14 +9,13 @@ against copies of as many bytes within memory.
 
 import itertools
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import ROOT, embedded, make_cache, ratio, seconds
+from common import embedded, make_cache, ratio, scratch_folder, seconds
 
 from pipeline.config import Config
 from pipeline.stage_one import settings_of
@@ -41,12 +40,12 @@ TOKENS = 48_000
 
 def main() -> None:
     for encoding in ENCODINGS:
-        with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        with scratch_folder() as folder:
             config = embedded(Path(folder), f"cache.encoding='{encoding}'")
             extraction.extract(settings_of(config))
             measure_steps(config)
     for encoding in ENCODINGS:
-        with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        with scratch_folder() as folder:
             measure_feed(Path(folder) / "cache", encoding)
 
 
