@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder on the checkout's disk that is removed at the end; what a kill leaves lies in `build/`, which git ignores."""
+    """A folder on the checkout's disk, removed at the end; what a kill leaves lies in `build/`, which git ignores."""
     (ROOT / "build").mkdir(exist_ok=True)
     return tempfile.TemporaryDirectory(dir=ROOT / "build")
 

@@ -181,9 +181,8 @@ def test_reads_beside_the_plan_get_room_and_give_it_back(store: ObjectStore, man
         for index in order[9:]:
             reader[index]
     assert most() <= bound
-    assert max(store.fetched("hidden_states/c/0/0/0").values()) <= 5, (
-        "now and then again for want of room, not at every turn"
-    )
+    # Once for the epoch, once for the reads beside it, and again where these took the room of what was fetched ahead.
+    assert max(store.fetched("hidden_states/c/0/0/0").values()) <= 5
     reader.close()
 
 
